@@ -1,0 +1,767 @@
+"""Chapter 4, inpaint.py: train, measure, compare, restore (paper, sections 2.5, 3 and 4).
+
+    python inpaint.py --model gan --act relu --res 64         the paper's GAN, on faces that are drawn: no download
+    python inpaint.py --model unet --data img_align_celeba.zip             the paper's U-Net, on CelebA
+    python inpaint.py --resume --out runs/NAME                             go on with a run that was stopped
+    python inpaint.py --evaluate runs/NAME/best.pt                         measure it again
+    python inpaint.py --restore me.jpg --checkpoint runs/NAME/best.pt      your own photo
+    python inpaint.py --compare --data img_align_celeba.zip                the paper's table 1 and figure 4
+    torchrun --nproc-per-node 4 inpaint.py --model unet ...                several GPUs
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import datetime
+import io
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import losses
+import models
+from data import InputError
+
+# --- Options --------------------------------------------------------------------------------------
+
+# The paper's two networks. Only defaults: what trains is decided by the terms of --loss.
+DEFAULTS = {
+    "unet": {"res": 128, "loss": "l1", "depth": 5, "batch": 32},
+    "gan": {"res": 64, "loss": "adversarial", "depth": 4, "batch": 64},
+}
+COMMON = {
+    "act": "relu", "hole_weight": 10.0, "data": "synthetic", "hole": 0.3, "hole_at": "center", "val": 0.2,
+    "epochs": 20, "width": 32, "seed": 0, "precision": "auto",
+}  # fmt: skip
+
+
+def number(kind: type, low: float, high: float, what: str):
+    """An argparse type: a whole or real number between two bounds, both included."""
+
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} will not do: it takes {what}")
+        return value
+
+    return read
+
+
+COUNT = number(int, 1, 10**6, "a whole number from 1 up")
+OPEN_UNIT = number(float, 1e-6, 1 - 1e-6, "a number between 0 and 1")
+
+
+def resolution(text: str) -> int:
+    """An argparse type: a power of two from 32 to 512."""
+    if text not in ("32", "64", "128", "256", "512"):
+        raise argparse.ArgumentTypeError(f"{text!r} will not do: it takes 32, 64, 128, 256 or 512")
+    return int(text)
+
+
+def loss_terms(text: str) -> str:
+    """An argparse type: the text, once it has proved to be a loss."""
+    try:
+        losses.parse_loss(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Training options have no default here: only what was given may contradict a stored run."""
+    p = argparse.ArgumentParser(
+        "inpaint.py", description=__doc__.split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    job = p.add_argument_group("jobs (without one of these: train)")
+    job.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a best.pt or last.pt on validation pictures")
+    job.add_argument("--json", metavar="FILE", help="with --evaluate: also write the figures to FILE")
+    job.add_argument("--restore", nargs="+", metavar="PHOTO", help="fill the hole of photos, or of all in a folder")
+    job.add_argument("--checkpoint", help="with --restore: the best.pt of a run")
+    job.add_argument("--mask", help="with --restore: a picture of the photo's shape, white where it is missing; default: the hole of the training")
+    job.add_argument("--compare", action="store_true", help="train all rows of the paper's table 1, and more")
+    job.add_argument("--seeds", type=number(int, 1, 100, "a whole number from 1 to 100"), metavar="K", help="with --compare: train each row K times; default 1")
+    what = p.add_argument_group("what to train")
+    what.add_argument("--model", choices=DEFAULTS, help="the paper's network: sets the defaults of --res, --loss, --depth and --batch; default unet")
+    what.add_argument("--act", choices=models.ACTIVATIONS, help="activation function; default relu")
+    what.add_argument("--loss", type=loss_terms, metavar="TERMS", help="a sum of l1, mse, dssim, adversarial, as in 100*l1+adversarial; any with adversarial has a discriminator; default l1 (unet) or adversarial (gan)")
+    what.add_argument("--hole-weight", type=number(float, 1e-3, 1e6, "a number above 0"), metavar="X", help="l1 and mse count pixels in the hole X times (the paper: 1); default 10")
+    what.add_argument("--depth", type=number(int, 1, 9, "a whole number from 1 to 9"), metavar="N", help="levels of the U-Net; one more sees further; default 5 (unet) or 4 (gan)")
+    what.add_argument("--width", type=number(int, 1, 1024, "a whole number from 1 to 1024"), metavar="N", help="channels of the first level; raise to 64 for 200,000 pictures and a GPU; default 32")
+    d = p.add_argument_group("data")
+    d.add_argument("--data", metavar="PATH", help="a folder of pictures or a .zip, such as CelebA's; default: 5,000 faces that are drawn")
+    d.add_argument("--res", type=resolution, metavar="N", help="side in pixels: 32, 64, 128, 256 or 512; default 128 (unet) or 64 (gan)")
+    d.add_argument("--hole", type=OPEN_UNIT, metavar="F", help="side of the hole as a share of the picture's; default 0.3")
+    d.add_argument("--hole-at", choices=["center", "random"], help="random: for photos with holes elsewhere; half of the holes are in the centre still; default center")
+    d.add_argument("--val", type=number(float, 1e-6, 1, "a number above 0 and below 1 (1 with --evaluate)"), metavar="F", help="share of the pictures, the last by name, that validates; default 0.2")
+    t = p.add_argument_group("training")
+    t.add_argument("--epochs", type=COUNT, metavar="N", help="times through the training pictures; the learning rate falls to 0 over them; default 20")
+    t.add_argument("--batch", type=COUNT, metavar="N", help="pictures a step, for each process; raise to 256 on a GPU, and --lr with it; default 32 (unet) or 64 (gan)")
+    t.add_argument("--lr", type=number(float, 1e-12, 10, "a number above 0"), metavar="X", help="learning rate of Adam at the start; default 0.002, with adversarial 0.0002")
+    t.add_argument("--seed", type=number(int, 0, 2**31, "a whole number from 0 up"), metavar="N", help="of weights and order; default 0")
+    r = p.add_argument_group("running")
+    r.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto: a GPU if there is one")
+    r.add_argument("--precision", choices=["auto", "bfloat16", "float32"], help="of the networks; default auto: bfloat16 where the device is fast at it")
+    r.add_argument("--compile", action="store_true", help="compile the networks first (minutes, then faster on a GPU)")
+    r.add_argument("--out", metavar="DIR", help="folder for what is written; default runs/MODEL-LOSS-ACT-RES, runs/compare or restored")
+    r.add_argument("--resume", action="store_true", help="go on with the run in --out from its last epoch; more --epochs may be given")
+    return p
+
+
+def training_options(args: argparse.Namespace) -> dict:
+    """Every option that decides what is trained: those given, then those of --model, then the common ones."""
+    given = vars(args)
+    model = args.model or "unet"
+    options = {"model": model} | COMMON | DEFAULTS[model]
+    options |= {name: given[name] for name in [*options, "lr"] if given[name] is not None}
+    options.setdefault("lr", 2e-4 if "adversarial" in losses.parse_loss(options["loss"]) else 2e-3)
+    check_options(options)
+    return options
+
+
+def check_options(options: dict) -> None:
+    """What one option alone cannot tell; InputError if they do not fit together."""
+    res, side = options["res"], round(options["res"] * options["hole"])
+    if not 1 <= side < res:
+        raise InputError(f"--hole {options['hole']} of --res {res} is {side} pixels wide: it must hide some pixels and leave some")
+    if 2 ** options["depth"] > res:
+        raise InputError(f"--depth {options['depth']} halves --res {res} below one pixel: at most {int(math.log2(res))} levels fit")
+    if options["val"] == 1:
+        raise InputError("--val 1 leaves no picture to train on: it is for --evaluate only")
+
+
+def choose_device(name: str) -> torch.device:
+    """auto, cpu, cuda or mps -> a device that is there; under torchrun each process takes the GPU of its number."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(kind for kind in there if there[kind]) if name == "auto" else name
+    if not there[name]:
+        raise InputError(f"--device {name}: this machine or this build of PyTorch has none; leave the option out")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Does the device multiply bfloat16 faster than float32? GPUs from Ampere on, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    tests = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+    return device.type == "cpu" and any(test() for test in tests if test)
+
+
+# --- Several processes (torchrun) -----------------------------------------------------------------
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(number of this process, how many there are): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait_for_all() -> None:
+    """Let no process go on before all have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def first_process_first(work):
+    """work() in process 0, then in the others, which find what it left on the disk."""
+    rank, _ = rank_and_world()
+    result = work() if rank == 0 else None
+    wait_for_all()
+    return result if rank == 0 else work()
+
+
+def average_buffers(network: torch.nn.Module) -> None:
+    """Batch norm's statistics are each process's own during an epoch; before validation they become their mean."""
+    _, world = rank_and_world()
+    for buffer in network.buffers() if world > 1 else ():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= world
+
+
+# --- What is trained ------------------------------------------------------------------------------
+
+WEIGHT_DECAY = 0.05  # of the networks that only reconstruct: a little against learning the faces by heart
+SMOOTH = 0.1  # real pictures are to be judged 0.9 real: keeps the discriminator from certainty
+
+
+@dataclass
+class Run:
+    """Everything that changes while a run trains. `painter` and `judge` are the networks as the step calls them
+    (compiled, or wrapped for several processes); `generator` and `discriminator` the same, bare."""
+
+    options: dict
+    device: torch.device
+    generator: models.UNet
+    ema: models.UNet
+    discriminator: models.Discriminator | None
+    painter: torch.nn.Module = None
+    judge: torch.nn.Module = None
+    optimizers: dict = field(default_factory=dict)
+    step: int = 0
+    epoch: int = 0
+    best: dict = field(default_factory=dict)
+    rows: list = field(default_factory=list)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The terms of the loss and what they count."""
+        return losses.parse_loss(self.options["loss"])
+
+    def autocast(self):
+        """bfloat16 for the networks where it is wanted; losses and metrics stay outside."""
+        wanted = self.options["precision"]
+        enabled = wanted == "bfloat16" or wanted == "auto" and fast_bfloat16(self.device)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled)
+
+
+def build(options: dict, device: torch.device, compiled: bool = False) -> Run:
+    """Networks with fresh weights (a function of the seed alone), their averages and optimisers."""
+    torch.manual_seed(options["seed"])
+    terms = losses.parse_loss(options["loss"])
+    generator = models.UNet(options["depth"], options["width"], options["act"])
+    discriminator = models.Discriminator(options["res"], options["width"]) if "adversarial" in terms else None
+    for network in (generator, discriminator) if discriminator else ():
+        models.dcgan_init(network)
+    networks = [net.to(device, memory_format=torch.channels_last) for net in (generator, discriminator) if net]
+    ema = copy.deepcopy(generator).eval().requires_grad_(False)
+    run = Run(options, device, generator, ema, discriminator)
+    decay = 0.0 if discriminator else WEIGHT_DECAY
+    for name, network in zip(("generator", "discriminator"), networks):
+        run.optimizers[name] = torch.optim.AdamW(
+            network.parameters(), options["lr"], betas=(0.5, 0.999), weight_decay=decay, fused=device.type != "mps"
+        )
+    called = [torch.compile(network) if compiled else network for network in networks]
+    if dist.is_initialized():
+        ids = [device.index] if device.type == "cuda" else None
+        called = [DistributedDataParallel(network, ids, broadcast_buffers=False) for network in called]
+    run.painter, run.judge = called[0], called[1] if discriminator else None
+    return run
+
+
+def learning_rate(start: float, step: int, total: int) -> float:
+    """Falls in a straight line from `start` to 0 over all steps: the last ones only polish (section 2.5: convergence)."""
+    return start * (1 - step / total)
+
+
+@torch.no_grad()
+def update_ema(ema: torch.nn.Module, network: torch.nn.Module, step: int) -> None:
+    """ema <- decay * ema + (1 - decay) * network, batch norm's statistics included; decay = min(0.999, (n + 1) / (n + 10)).
+
+    A mean over the last 1,000 steps or so: the same as a lower learning rate, before the rate is low.
+    """
+    share = 1 - min(0.999, (step + 1) / (step + 10))
+    for mean, value in zip(ema.state_dict().values(), network.state_dict().values()):
+        mean.lerp_(value, share) if mean.is_floating_point() else mean.copy_(value)
+
+
+def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One step down the gradient of the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Damage, paint, judge, update: one batch image (B, 3, H, W) with its holes (B, 1, H, W) -> what is logged.
+
+    Nothing here waits for the device: the numbers are tensors until somebody reads them.
+    """
+    damaged = data.damage(image, mask)
+    with run.autocast():
+        output = run.painter(damaged, mask)
+    terms, report = {}, {}
+    if run.judge:
+        # (1) The discriminator's step: maximise log D(x) + log(1 - D(G)). It teaches the painter nothing: detach.
+        with run.autocast():
+            real, fake = run.judge(image), run.judge(output.detach())
+        report["d_loss"] = losses.discriminator_loss(real, fake, SMOOTH)
+        update(run.optimizers["discriminator"], report["d_loss"])
+        report |= {"D(x)": real.sigmoid().mean(), "D(G)": fake.sigmoid().mean()}
+        # (2) The painter's step: maximise log D(G), by a fresh judgement of a discriminator that holds still.
+        run.discriminator.requires_grad_(False)
+        with run.autocast():
+            terms["adversarial"] = losses.generator_loss(run.discriminator(output))
+        run.discriminator.requires_grad_(True)
+    # And, with any network: minimise the distance from the original.
+    weight = run.options["hole_weight"]
+    if "l1" in run.weights:
+        terms["l1"] = losses.l1(output, image, mask, weight)
+    if "mse" in run.weights:
+        terms["mse"] = losses.mse(output, image, mask, weight)
+    if "dssim" in run.weights:
+        terms["dssim"] = losses.dssim(output, image)
+    update(run.optimizers["generator"], sum(run.weights[name] * term for name, term in terms.items()))
+    update_ema(run.ema, run.generator, run.step)
+    run.step += 1
+    return {name: value.detach() for name, value in (terms | report).items()}
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+METRICS = ("psnr_output", "psnr_restored", "psnr_hole", "ssim_restored")
+EVAL_BATCH = 100
+
+
+def restore(output: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The output pasted into the hole of the picture: what a user would keep."""
+    return output * mask + image * (1 - mask)
+
+
+def measure(output: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """One value a picture of each metric: (4, B), in the order of METRICS.
+
+    psnr_output: the whole output against the original, what the paper's table meant to show. psnr_restored: the known
+    pixels are the original's, so psnr_hole + 10 log10(1 / area of the hole). psnr_hole: only inside the hole.
+    """
+    restored = restore(output, image, mask)
+    psnrs = losses.psnr(output, image), losses.psnr(restored, image), losses.psnr(output, image, mask)
+    return torch.stack([*psnrs, losses.ssim(restored, image)])
+
+
+@torch.no_grad()
+def paint(run: Run, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What the averaged network, in evaluation mode, paints for original images (B, 3, H, W) in [0, 1]."""
+    with run.autocast():
+        return run.ema(data.damage(images, mask).contiguous(memory_format=torch.channels_last), mask)
+
+
+def validate(painter, pixels: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+    """Each metric's mean of the per-picture values over a validation set, uint8 (N, 3, res, res).
+
+    `painter(images)` -> outputs (B, 3, res, res): a network, or a method without one.
+    """
+    values = []
+    for part in pixels.split(EVAL_BATCH):
+        image = part.to(mask.device).float() / 255
+        values.append(measure(painter(image), image, mask))
+    return dict(zip(METRICS, torch.cat(values, 1).double().mean(1).tolist())) | {"pictures": len(pixels)}
+
+
+# --- The run folder -------------------------------------------------------------------------------
+
+KIND, VERSION = "face inpainting checkpoint", 1
+
+
+def to_json(value: dict) -> bytes:
+    """A dictionary as the bytes of a JSON file."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def save_checkpoint(path: Path, run: Run, everything: bool) -> None:
+    """best.pt: weights and options. last.pt: also all that a resume needs. Tensors and plain types only.
+
+    There is no random state to keep: that of an epoch is made from the seed and the epoch's number (draw_epoch).
+    """
+    state = {"kind": KIND, "version": VERSION, "options": run.options, "epoch": run.epoch, "ema": run.ema.state_dict()}
+    if everything:
+        state |= {"step": run.step, "best": run.best, "rows": run.rows, "generator": run.generator.state_dict()}
+        state |= {"optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}}
+        state |= {"discriminator": run.discriminator.state_dict()} if run.discriminator else {}
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    data.save(path, stream.getbuffer())
+
+
+def read_checkpoint(path: str | Path, device: torch.device) -> dict:
+    """The dictionary of a checkpoint whose options are sound; InputError for any other file. Runs no code from it."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: give the best.pt or last.pt of a run folder") from None
+    except Exception as error:
+        reason = str(error).split("\n")[0][:100] or type(error).__name__
+        raise InputError(f"{path} is no checkpoint that can be read ({reason}): give the best.pt of a run") from error
+    if not isinstance(state, dict) or state.get("kind") != KIND:
+        raise InputError(f"{path} is a file of another program: give the best.pt or last.pt of a run folder")
+    if state.get("version") != VERSION:
+        raise InputError(f"{path} has version {state.get('version')} and this program reads {VERSION}: train again, or use its own version")
+    try:
+        words = [word for name, value in state["options"].items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        checked = training_options(_quiet_parser().parse_args(words))
+        if checked != state["options"]:
+            raise ValueError("options changed")
+    except Exception as error:
+        raise InputError(f"{path} is damaged ({error}): give another checkpoint") from error
+    return state
+
+
+def _quiet_parser() -> argparse.ArgumentParser:
+    def refuse(message):
+        raise ValueError(message)
+
+    p = parser()
+    p.error = refuse
+    return p
+
+
+def load_painter(path: str | Path, device: torch.device) -> Run:
+    """A run, good for painting only, from a checkpoint."""
+    state = read_checkpoint(path, device)
+    try:
+        run = build(state["options"] | {"loss": "l1"}, device)
+        run.ema.load_state_dict(state["ema"])
+        run.epoch = state["epoch"]
+    except Exception as error:
+        raise InputError(f"{path} is damaged: its weights do not fit its options") from error
+    run.options = state["options"]
+    return run
+
+
+def load_everything(path: Path, run: Run) -> None:
+    """Bring a run back to where its last.pt was written."""
+    state = read_checkpoint(path, run.device)
+    try:
+        run.ema.load_state_dict(state["ema"])
+        run.generator.load_state_dict(state["generator"])
+        if run.discriminator:
+            run.discriminator.load_state_dict(state["discriminator"])
+        for name, optimizer in run.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        run.step, run.epoch, run.best, run.rows = (state[name] for name in ("step", "epoch", "best", "rows"))
+    except Exception as error:
+        raise InputError(f"{path} cannot be resumed: it is a best.pt, or damaged; give the folder of a run") from error
+
+
+def default_folder(options: dict) -> str:
+    """runs/MODEL-LOSS-ACT-RES, with no character that a file system minds."""
+    return f"runs/{options['model']}-{options['loss'].replace('*', 'x').replace(' ', '')}-{options['act']}-{options['res']}"
+
+
+def numbered(name: str) -> list[Path]:
+    """All folders NAME, NAME-2, NAME-3, ... that exist, in order, then the first that does not."""
+    found = [Path(name)]
+    while found[-1].exists():
+        found.append(Path(f"{name}-{len(found) + 1}"))
+    return found
+
+
+def choose_folder(args: argparse.Namespace, options: dict) -> Path:
+    """Where to write: --out, or the default; InputError if that cannot be, or already holds a run."""
+    existing = numbered(default_folder(options))
+    if args.resume:
+        folder = Path(args.out) if args.out else existing[-2 if len(existing) > 1 else -1]
+        if not (folder / "config.json").is_file():
+            raise InputError(f"--resume: there is no run in {folder}; name its folder with --out, or start without --resume")
+        return folder
+    folder = Path(args.out) if args.out else existing[-1]
+    if (folder / "config.json").exists():
+        raise InputError(f"--out {folder} already holds a run: go on with it by --resume, or name another folder")
+    check_writable(folder)
+    return folder
+
+
+def check_writable(folder: Path) -> None:
+    """InputError unless the folder is there, or can be made, and can be written to."""
+    parent = folder
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out {folder}: {parent} is no folder that can be written to; name another")
+
+
+def stored_options(folder: Path, args: argparse.Namespace) -> dict:
+    """The options of a stored run; InputError naming both values if one given now contradicts; --epochs may grow."""
+    try:
+        options = json.loads((folder / "config.json").read_text())["options"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'config.json'} cannot be read ({error}): start a new run") from error
+    if (folder / "last.pt").exists():
+        options = read_checkpoint(folder / "last.pt", torch.device("cpu"))["options"]
+    for name, stored in options.items():
+        given = getattr(args, name)
+        same = given is None or given == stored
+        if name == "data" and not same:
+            same = os.path.abspath(given) == os.path.abspath(stored)
+        if name == "epochs" and not same and given > stored:
+            options = options | {"epochs": given}
+        elif not same:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {given} contradicts {flag} {stored} of the run in {folder}: leave it out, or start a new run")
+    return options
+
+
+def describe(run: Run) -> dict:
+    """config.json: every option, versions, device, parameter counts."""
+    networks = {"generator": run.generator, "discriminator": run.discriminator}
+    return {
+        "options": run.options,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__},
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{run.device.type} {platform.machine()}",
+        "processes": rank_and_world()[1],
+        "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items() if net},
+    }
+
+
+def write_log(folder: Path, run: Run) -> None:
+    """log.csv and curves.png, whole, from the rows that last.pt keeps."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(run.rows[0]))
+    writer.writeheader()
+    writer.writerows(run.rows)
+    data.save(folder / "log.csv", text.getvalue().encode())
+    panels = {"loss": list(run.weights)} | ({"D(x) and D(G)": ["D(x)", "D(G)"]} if run.discriminator else {})
+    panels |= {"PSNR in the hole (dB)": ["psnr_hole"], "PSNR of the whole output (dB)": ["psnr_output"]}
+    data.save(folder / "curves.png", data.png(data.curves(run.rows, panels)))
+
+
+def write_pictures(folder: Path, run: Run, pixels: torch.Tensor, mask: torch.Tensor) -> None:
+    """grid.png: eight fixed validation faces, damaged, output, restored, original."""
+    image = pixels[:8].to(run.device).float() / 255
+    output = paint(run, image, mask)
+    strips = {"damaged": data.damage(image, mask), "output": output, "restored": restore(output, image, mask), "original": image}
+    data.save(folder / "grid.png", data.png(data.grid(list(strips.items()))))
+
+
+def write_frame(folder: Path, run: Run, pixels: torch.Tensor, mask: torch.Tensor) -> None:
+    """frames/EPOCH.png: four fixed faces, restored, for training.gif."""
+    (folder / "frames").mkdir(exist_ok=True)
+    image = pixels[:4].to(run.device).float() / 255
+    restored = restore(paint(run, image, mask), image, mask)
+    data.save(folder / "frames" / f"{run.epoch:04d}.png", data.png(data.grid([(f"epoch {run.epoch}", restored)], tile=96)))
+
+
+def write_gif(folder: Path) -> None:
+    """training.gif from all frames on the disk, the last one shown longer."""
+    frames = [PIL.Image.open(file) for file in sorted((folder / "frames").glob("*.png"))]
+    stream = io.BytesIO()
+    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:], duration=[200] * (len(frames) - 1) + [2000], loop=0)
+    data.save(folder / "training.gif", stream.getvalue())
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def load_pixels(options: dict) -> torch.Tensor:
+    """The data set of --data as uint8 (N, 3, res, res)."""
+    if options["data"] == "synthetic":
+        return data.synthetic_faces(data.SYNTHETIC, options["res"])
+    return first_process_first(lambda: data.load_images(options["data"], options["res"]))
+
+
+def split_pixels(options: dict, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(training part, validation part), of which neither may be empty."""
+    training, validation = data.split(pixels, options["val"])
+    need = 2 * rank_and_world()[1]
+    if len(training) < need or not len(validation):
+        raise InputError(
+            f"--val {options['val']} of the {len(pixels)} pictures in --data {options['data']} leaves {len(training)} to train on and"
+            f" {len(validation)} to validate: it takes at least {need} and 1"
+        )
+    return training, validation
+
+
+def draw_epoch(options: dict, epoch: int, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The chances of one epoch, a function of seed, epoch and process alone: order, mirrored or not, holes.
+
+    The same shuffled order in all processes, from which each takes its own part: none sees another's pictures.
+    """
+    rank, world = rank_and_world()
+    shared = torch.Generator().manual_seed(options["seed"] * 1_000_003 + epoch)
+    order = torch.randperm(count, generator=shared)[rank::world][:size]
+    own = torch.Generator().manual_seed((options["seed"] * 1_000_003 + epoch) * 1009 + rank)
+    flip = torch.rand(size, generator=own) < 0.5
+    if options["hole_at"] == "random":
+        return order, flip, data.random_boxes(size, options["res"], options["hole"], own)
+    return order, flip, data.center_box(options["res"], options["hole"]).expand(size, 4)
+
+
+def check_finite(run: Run, sums: dict[str, torch.Tensor]) -> None:
+    """InputError naming the first term that is not a number any more."""
+    for name, value in sums.items():
+        if not math.isfinite(value):
+            raise InputError(
+                f"{name} is {float(value)} in epoch {run.epoch + 1}, before step {run.step}: the run is stopped and its last"
+                f" epoch kept; try --lr {run.options['lr'] / 4:g}, or --precision float32, in a new run"
+            )
+
+
+def train_epoch(run: Run, training: torch.Tensor, batch: int, total: int) -> dict[str, float]:
+    """All batches of one epoch -> the means of what training_step reports."""
+    options, sums, began, shown = run.options, {}, time.time(), time.time()
+    steps = len(training) // rank_and_world()[1] // batch
+    order, flip, boxes = draw_epoch(options, run.epoch, len(training), steps * batch)
+    boxes = boxes.to(run.device)
+    for i, image in enumerate(data.batches(training, batch, order, flip, run.device)):
+        for optimizer in run.optimizers.values():
+            optimizer.param_groups[0]["lr"] = learning_rate(options["lr"], run.step, total)
+        report = training_step(run, image, data.box_mask(boxes[i * batch : (i + 1) * batch], options["res"]))
+        sums = {name: sums.get(name, 0) + value for name, value in report.items()}
+        if time.time() - shown > 1:
+            check_finite(run, sums)
+            shown = time.time()
+            rate = (i + 1) * batch / (shown - began)
+            means = "  ".join(f"{name} {float(value) / (i + 1):.4f}" for name, value in sums.items())
+            say(f"epoch {run.epoch + 1}/{options['epochs']}  step {i + 1}/{steps}  {rate:.0f} images/s  {means}"
+                f"{data.time_left((total - run.step) * batch, rate)}")  # fmt: skip
+    check_finite(run, sums)
+    return {name: float(value) / steps for name, value in sums.items()}
+
+
+def say(line: str) -> None:
+    """The progress line, from the first process only."""
+    if rank_and_world()[0] == 0:
+        data.progress(line)
+
+
+def finish_epoch(run: Run, folder: Path, row: dict, validation: torch.Tensor, mask: torch.Tensor) -> None:
+    """Validate and write, in the first process: what hangs on the weights first, then last.pt, then the log."""
+    result = validate(lambda image: paint(run, image, mask), validation, mask)
+    row |= {name: result[name] for name in METRICS}
+    run.rows.append(row)
+    reconstructs = set(run.weights) != {"adversarial"}
+    if not run.best or not reconstructs or result["psnr_hole"] > run.best["psnr_hole"]:
+        run.best = result | {"epoch": run.epoch}
+        save_checkpoint(folder / "best.pt", run, everything=False)
+        write_pictures(folder, run, validation, mask)
+        data.save(folder / "results.json", to_json(run.best))
+    write_frame(folder, run, validation, mask)
+    save_checkpoint(folder / "last.pt", run, everything=True)
+    write_log(folder, run)
+    data.progress(None)
+    means = "  ".join(f"{name} {row[name]:.4f}" for name in [*run.weights, "D(x)", "D(G)"] if name in row)
+    print(f"epoch {run.epoch}/{run.options['epochs']}  {row['seconds']:.0f} s  {row['images_per_second']:.0f} images/s  {means}"
+          f"  psnr_hole {row['psnr_hole']:.2f}  psnr_output {row['psnr_output']:.2f}", flush=True)  # fmt: skip
+
+
+def train(options: dict, folder: Path, resume: bool, device: torch.device, compiled: bool = False) -> dict:
+    """A whole run, from its folder to its results; goes on from last.pt if `resume`."""
+    rank, world = rank_and_world()
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    run = build(options, device, compiled)
+    if rank == 0 and not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        data.save(folder / "config.json", to_json(describe(run)))
+    try:
+        training, validation = split_pixels(options, load_pixels(options))
+    except InputError:
+        if rank == 0 and not resume:  # a mistake leaves nothing behind
+            (folder / "config.json").unlink()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+    mask = data.center_hole(options["res"], options["hole"]).to(device)
+    if resume and (folder / "last.pt").exists():
+        load_everything(folder / "last.pt", run)
+        run.options = options
+        if rank == 0:
+            data.save(folder / "config.json", to_json(describe(run)))
+            if run.rows:
+                write_log(folder, run)
+    batch = min(options["batch"], len(training) // world)
+    total = options["epochs"] * (len(training) // world // batch)
+    if rank == 0 and not run.epoch:
+        write_pictures(folder, run, validation, mask)
+        write_frame(folder, run, validation, mask)
+        save_checkpoint(folder / "last.pt", run, everything=True)
+        print(f"{folder}: {len(training)} pictures to train on, {len(validation)} to validate, on {describe(run)['device']}"
+              f"{f', {world} processes' if world > 1 else ''}", flush=True)  # fmt: skip
+    training = data.settle(training, device)
+    while run.epoch < options["epochs"]:
+        began = time.time()
+        means = train_epoch(run, training, batch, total)
+        seconds = time.time() - began
+        average_buffers(run.ema)
+        run.epoch += 1
+        if rank == 0:
+            images = world * batch * (total // options["epochs"])
+            past = run.rows[-1]["seconds"] if run.rows else 0
+            row = {"epoch": run.epoch, "step": run.step, "seconds": past + seconds, "images_per_second": images / seconds}
+            finish_epoch(run, folder, row | means, validation, mask)
+        wait_for_all()
+    if rank == 0:
+        write_gif(folder)
+    return run.best
+
+
+# --- Evaluating -----------------------------------------------------------------------------------
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Print, and perhaps write, the metrics of a checkpoint; resolution, hole, data and split are its own unless given."""
+    run = load_painter(args.evaluate, choose_device(args.device))
+    given = {name: getattr(args, name) for name in ("res", "hole", "data", "val", "precision")}
+    run.options |= {name: value for name, value in given.items() if value is not None}
+    check_options(run.options | {"val": 0.5})
+    if args.json:
+        check_writable(Path(args.json).parent)
+    pixels = load_pixels(run.options)
+    pixels = pixels if run.options["val"] == 1 else split_pixels(run.options, pixels)[1]
+    mask = data.center_hole(run.options["res"], run.options["hole"]).to(run.device)
+    result = validate(lambda image: paint(run, image, mask), pixels, mask) | {"epoch": run.epoch}
+    print("\n".join(f"{name:<14}{value:.4f}" if isinstance(value, float) else f"{name:<14}{value}" for name, value in result.items()))
+    if args.json:
+        data.save(args.json, to_json(result))
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def processes(device_name: str):
+    """Join the processes that torchrun started, if it did, and leave them at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        device = choose_device(device_name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run_command(args: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    if args.evaluate:
+        return evaluate(args)
+    with processes(args.device):
+        options = training_options(args)
+        folder = choose_folder(args, options)
+        if args.resume:
+            options = stored_options(folder, args)
+        args.out = folder  # for the message after Ctrl-C
+        best = train(options, folder, args.resume, choose_device(args.device), args.compile)
+        if rank_and_world()[0] == 0:
+            print(f"{folder}/grid.png shows the faces; psnr_hole {best['psnr_hole']:.2f}, psnr_output {best['psnr_output']:.2f} dB")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The program: a mistake of the user ends in one line and exit code 2, Ctrl-C in 130."""
+    args = parser().parse_args(argv)
+    try:
+        run_command(args)
+    except InputError as error:
+        stop(str(error), 2)
+    except OSError as error:
+        stop(f"cannot read or write ({error}): what was saved before is whole; make room or name another folder", 2)
+    except KeyboardInterrupt:
+        stop(f"stopped; go on from the last epoch with: python inpaint.py --resume --out {args.out}" if args.out else "stopped", 130)
+
+
+def stop(message: str, code: int) -> None:
+    """One line on stderr, and the exit code."""
+    data.progress(None)
+    print("inpaint.py: " + re.sub(r"\s+", " ", message), file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

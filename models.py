@@ -1,0 +1,157 @@
+"""Chapter 2, models.py: what paints the hole (paper, sections 2.2, 2.3 and 2.4).
+
+What you learn here: an activation function in one line; a U-Net, which sees the whole face at its bottom and
+keeps every detail by its skips; DCGAN's discriminator; and how a hole is filled with no network at all.
+
+Pictures are float (B, 3, H, W) in [0, 1]; a mask (B or 1, 1, H, W) is 1 in the hole.
+
+Try it:  python -c "import models; print(models.UNet(5, 32, 'swish'))"
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# --- Activation -----------------------------------------------------------------------------------
+
+
+class Swish(nn.Module):
+    """f(x) = x * sigmoid(x), any shape (section 2.4, [5]). Like ReLU far from 0, but smooth and with a slope below it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x * sigmoid(x)."""
+        return x * torch.sigmoid(x)
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "swish": Swish}
+
+# --- The U-Net ------------------------------------------------------------------------------------
+
+
+def channels(depth: int, width: int) -> list[int]:
+    """Channels of each level: width, twice as many at each step down, at most 16 * width."""
+    return [width * min(2**level, 16) for level in range(depth)]
+
+
+class UNet(nn.Module):
+    """The painter (section 2.2, figure 2; figure 3 with fewer levels), here with depth 5 and width 32 at 64 px:
+
+        damaged + mask  (B, 4, 64, 64) ───────────────────────────────────────┐
+            │ down                                                            │
+        (B, 32, 32, 32) ───────────────── skip ─────────┐    paint: (B, 3, 64, 64) in [0, 1]
+            │ down                                      │ up                  ▲ up
+        (B, 64, 16, 16) ──────────── skip ────────┐  (B, 64, 32, 32) ─────────┘
+            │ down                                │ up  ▲
+        (B, 128, 8, 8) ─────── skip ────────┐  (B, 128, 16, 16)
+            │ down                          │ up  ▲
+        (B, 256, 4, 4) ── skip ───────┐  (B, 256, 8, 8)
+            │ down                    │ up  ▲
+        (B, 512, 2, 2) ───── up ──▶ (B, 512, 4, 4)         each is what came up beside the skip
+
+    down = convolution 4 x 4, stride 2, batch norm, activation; up = the same, transposed. The bottom sees the whole
+    face, the skips keep the details. Two things differ from the paper: the mask is a fourth channel, for a white hole
+    on a white wall could not be told apart otherwise; and no batch norm at the first level and the bottom, where
+    it would wash out the colours and, at 1 x 1, has too few values for its statistics.
+    """
+
+    def __init__(self, depth: int, width: int, act: str):
+        super().__init__()
+        levels = channels(depth, width)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for level, (fan_in, out) in enumerate(zip([4] + levels, levels)):
+            self.down.append(self._step(nn.Conv2d, fan_in, out, act, norm=0 < level < depth - 1))
+        for level in reversed(range(1, depth)):
+            fan_in = levels[level] * (1 if level == depth - 1 else 2)
+            self.up.append(self._step(nn.ConvTranspose2d, fan_in, levels[level - 1], act))
+        self.paint = nn.ConvTranspose2d(levels[0] * (1 if depth == 1 else 2), 3, 4, stride=2, padding=1)
+
+    @staticmethod
+    def _step(convolution, fan_in: int, out: int, act: str, norm: bool = True) -> nn.Sequential:
+        layers = [convolution(fan_in, out, 4, stride=2, padding=1, bias=not norm)]
+        return nn.Sequential(*layers, *([nn.BatchNorm2d(out)] if norm else []), ACTIVATIONS[act]())
+
+    def forward(self, damaged: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """damaged (B, 3, H, W) and mask (B or 1, 1, H, W) -> the whole picture, float32 (B, 3, H, W) in [0, 1]."""
+        x = torch.cat([damaged, mask.expand(len(damaged), 1, *damaged.shape[2:])], 1)
+        skips = []
+        for down in self.down:
+            x = down(x)  # level k: (B, width * 2^k, H / 2^(k + 1), W / 2^(k + 1))
+            skips.append(x)
+        skips.pop()  # the bottom is where we are
+        for up in self.up:
+            x = torch.cat([up(x), skips.pop()], 1)
+        return torch.sigmoid(self.paint(x).float())
+
+
+# --- The discriminator ----------------------------------------------------------------------------
+
+
+class Discriminator(nn.Module):
+    """The judge: DCGAN's discriminator (section 2.3, [4]). At 64 px and width 64:
+
+        picture (B, 3, 64, 64) ─▶ (B, 64, 32, 32) ─▶ (B, 128, 16, 16) ─▶ (B, 256, 8, 8) ─▶ (B, 512, 4, 4) ─▶ logit (B,)
+
+    log2(res) - 2 convolutions 4 x 4, stride 2, with batch norm (but for the first) and leaky ReLU 0.2, then one over
+    the remaining 4 x 4. It sees a whole picture and nothing else; sigmoid(logit) = D(x) is how real it looks.
+    """
+
+    def __init__(self, res: int, width: int):
+        super().__init__()
+        levels, layers = channels(res.bit_length() - 3, width), []
+        for level, (fan_in, out) in enumerate(zip([3] + levels, levels)):
+            layers.append(nn.Conv2d(fan_in, out, 4, stride=2, padding=1, bias=level == 0))
+            layers += [nn.BatchNorm2d(out)] if level else []
+            layers.append(nn.LeakyReLU(0.2))
+        self.judge = nn.Sequential(*layers, nn.Conv2d(levels[-1], 1, 4))
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        """(B, 3, res, res) in [0, 1] -> logits, float32 (B,). DCGAN's pictures run from -1 to 1, so they are stretched."""
+        return self.judge(picture * 2 - 1).flatten().float()
+
+
+def dcgan_init(network: nn.Module) -> None:
+    """DCGAN's start ([4], section 3): convolutions ~ N(0, 0.02), batch norm ~ N(1, 0.02), no bias."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, float(isinstance(layer, nn.BatchNorm2d)), 0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+# --- With no network: harmonic diffusion ----------------------------------------------------------
+
+
+def _laplacian(x: torch.Tensor) -> torch.Tensor:
+    """4 x - (the four neighbours), where a neighbour outside the picture equals the pixel itself."""
+    p = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    return 4 * x - p[..., :-2, 1:-1] - p[..., 2:, 1:-1] - p[..., 1:-1, :-2] - p[..., 1:-1, 2:]
+
+
+def harmonic(image: torch.Tensor, mask: torch.Tensor, rounds: int = 40) -> torch.Tensor:
+    """Fill the hole so that each of its pixels is the mean of its four neighbours: Laplace's equation with the rim given.
+
+    image (B, C, H, W), any range; mask (B or 1, 1, H, W), 1 in the hole; the same shape back, known pixels untouched.
+    It is the steady state of heat that flows in from the rim, the simplest of the models that the paper cites [7].
+    A guess comes from the same problem at half the size; conjugate gradients then solve the rest.
+    """
+    mask = mask.expand(len(image), 1, *image.shape[2:])
+    if not mask.any():
+        return image
+    known = 1 - mask
+    half = [(side + 1) // 2 for side in image.shape[2:]]
+    if max(half) > 1:
+        share = F.interpolate(known, half, mode="area")
+        small = F.interpolate(image * known, half, mode="area") / share.clamp(min=1e-6)
+        guess = F.interpolate(harmonic(small, (share == 0).to(image), rounds), image.shape[2:], mode="bilinear")
+    else:
+        guess = ((image * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True).clamp(min=1)).expand_as(image)
+    filled = torch.where(mask > 0, guess, image)
+    rest = -_laplacian(filled) * mask  # what is not yet in balance
+    step, size = rest, rest.square().sum((2, 3), keepdim=True)
+    for _ in range(rounds):
+        pull = _laplacian(step) * mask
+        length = size / (step * pull).sum((2, 3), keepdim=True).clamp(min=1e-20)
+        filled, rest = filled + length * step, rest - length * pull
+        size, before = rest.square().sum((2, 3), keepdim=True), size
+        step = rest + size / before.clamp(min=1e-20) * step
+    return filled
