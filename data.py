@@ -125,7 +125,7 @@ def central_square(picture: Image.Image, res: int) -> Image.Image:
     """The largest centred square, scaled to res x res with a Lanczos filter."""
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture.resize((res, res), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return picture.crop((left, top, left + side, top + side)).resize((res, res), Image.Resampling.LANCZOS)
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:
@@ -612,6 +612,18 @@ def grid(strips: list[tuple[str, torch.Tensor]], upright: bool = False, tile: in
             column, row = (s, k) if upright else (k, s)
             picture = to_picture(image).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(picture, (label_w + gap + column * (side + gap), label_h + gap + row * (side + gap)))
+    return sheet
+
+
+def side_by_side(parts: dict[str, Image.Image], height: int = 384) -> Image.Image:
+    """Labelled pictures of any size beside each other, made smaller (never larger than 384 pixels high or 512 wide)."""
+    font, left = ImageFont.load_default(15), 4
+    thumbs = {label: ImageOps.contain(picture, (512, height)) for label, picture in parts.items()}
+    sheet = Image.new("RGB", (4 + sum(max(t.width, 80) + 4 for t in thumbs.values()), height + 32), "white")
+    for label, thumb in thumbs.items():
+        ImageDraw.Draw(sheet).text((left + max(thumb.width, 80) / 2, 14), label, "black", font, "mm")
+        sheet.paste(thumb, (left, 28))
+        left += max(thumb.width, 80) + 4
     return sheet
 
 

@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import re
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -392,7 +393,7 @@ def read_checkpoint(path: str | Path, device: torch.device) -> dict:
     if state.get("version") != VERSION:
         raise InputError(f"{path} has version {state.get('version')} and this program reads {VERSION}: train again, or use its own version")
     try:
-        words = [word for name, value in state["options"].items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in state["options"].items()]
         checked = training_options(_quiet_parser().parse_args(words))
         if checked != state["options"]:
             raise ValueError("options changed")
@@ -710,6 +711,231 @@ def evaluate(args: argparse.Namespace) -> None:
         data.save(args.json, to_json(result))
 
 
+# --- Comparing: table 1 and figure 4 --------------------------------------------------------------
+
+# name, what to train, the PSNR that the paper prints
+ROWS = [
+    ("U-Net", {"model": "unet", "loss": "l1", "act": "relu"}, 6.178),
+    ("U-Net", {"model": "unet", "loss": "l1", "act": "swish"}, 6.093),
+    ("U-Net", {"model": "unet", "loss": "l1+dssim", "act": "relu"}, 6.178),
+    ("U-Net", {"model": "unet", "loss": "l1+dssim", "act": "swish"}, 6.065),
+    ("GAN", {"model": "gan", "loss": "adversarial", "act": "relu"}, 6.153),
+    ("GAN", {"model": "gan", "loss": "adversarial", "act": "swish"}, 6.069),
+    ("GAN + L1", {"model": "gan", "loss": "100*l1+adversarial", "act": "relu"}, None),
+    ("U-Net, 1 deeper", {"model": "unet", "loss": "l1", "act": "relu", "depth": DEFAULTS["unet"]["depth"] + 1}, None),
+]
+COLUMNS = ["network", "loss", "activation", "parameters", "minutes", *METRICS[:1], METRICS[2], METRICS[1], METRICS[3], "paper"]
+
+
+def nearest_face(image: torch.Tensor, mask: torch.Tensor, training: torch.Tensor, part: int = 512) -> torch.Tensor:
+    """For each image (B, 3, H, W) the training picture (uint8 (N, 3, H, W)) whose known pixels are nearest, whole.
+
+    |a - b|^2 = |a|^2 - 2 a b + |b|^2, a part of the training set at a time: the paper's "memory" (section 4).
+    """
+    known = (mask == 0).expand(1, *image.shape[1:])[0].flatten()
+    ours = image.flatten(1)[:, known]  # (B, known values)
+    best = torch.full((len(image),), torch.inf, device=image.device)
+    found = torch.zeros(len(image), dtype=torch.long, device=image.device)
+    for start in range(0, len(training), part):
+        theirs = training[start : start + part].to(image.device).flatten(1)[:, known].float() / 255
+        distance, place = (theirs.square().sum(1) - 2 * ours @ theirs.T).min(1)
+        found = torch.where(distance < best, place + start, found)
+        best = torch.minimum(distance, best)
+    return training[found.to(training.device)].to(image.device).float() / 255
+
+
+def methods_without_training(training: torch.Tensor, mask: torch.Tensor) -> dict:
+    """{name: painter(images)}: what there is to beat."""
+    mean = torch.stack([part.float().mean(0) for part in training.split(1000)]).mean(0)[None].to(mask.device) / 255
+    return {
+        "white hole": lambda image: data.damage(image, mask),
+        "harmonic diffusion": lambda image: models.harmonic(data.damage(image, mask), mask),
+        "mean face": lambda image: mean.expand_as(image),
+        "nearest face": lambda image: nearest_face(image, mask, training),
+    }
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Train every row that is not finished, and write table.md, table.csv and comparison.png below --out."""
+    for name in ("model", "act", "loss", "depth", "resume"):
+        if getattr(args, name):
+            raise InputError(f"--{name} does not go with --compare, which sets it row by row: leave it out")
+    out, device, seeds = Path(args.out or "runs/compare"), choose_device(args.device), args.seeds or 1
+    check_writable(out)
+    first = args.seed or 0
+    table = [{"network": name, "paper": paper, "runs": []} | options for name, options, paper in ROWS]
+    strips = {}
+    for seed in range(first, first + seeds):
+        for row in table:
+            options, folder, result = compare_row(args, row, seed, out, device)
+            row["runs"].append(result)
+            write_table(out, table)
+            say_row(row)
+            run = load_painter(folder / "best.pt", device)
+            training, validation = split_pixels(options, load_pixels(options))
+            mask = data.center_hole(options["res"], options["hole"]).to(device)
+            image = validation[:6].to(device).float() / 255
+            label = f"{row['network']}\n{row['loss'].replace('+', ' + ')}\n{row['act']}"
+            strips.setdefault(label, restore(paint(run, image, mask), image, mask))
+    for name, painter in methods_without_training(training, mask).items():
+        began = time.time()
+        result = validate(painter, validation, mask) | {"minutes": (time.time() - began) / 60, "parameters": 0}
+        table.append({"network": name, "loss": "", "act": "", "paper": None, "runs": [result]})
+        strips[name.replace(" ", "\n")] = restore(painter(image), image, mask)
+        write_table(out, table)
+        say_row(table[-1])
+    strips = {"original": image, "damaged": data.damage(image, mask)} | strips
+    if rank_and_world()[0] == 0:
+        data.save(out / "comparison.png", data.png(data.grid(list(strips.items()), upright=True)))
+        print(f"{out}/table.md and {out}/comparison.png are written")
+
+
+def compare_row(args: argparse.Namespace, row: dict, seed: int, out: Path, device: torch.device):
+    """(options, folder, result) of one training: read if it is finished, gone on with if it was stopped."""
+    asked = argparse.Namespace(**vars(args) | {name: row[name] for name in ("model", "loss", "act", "depth") if name in row})
+    asked.res, asked.seed = args.res or 64, seed
+    options = training_options(asked)
+    folder = out / f"{Path(default_folder(options)).name}-depth{options['depth']}-seed{seed}"
+    state = read_checkpoint(folder / "last.pt", torch.device("cpu")) if (folder / "last.pt").exists() else None
+    if state:
+        for name, stored in state["options"].items():
+            if options[name] != stored:
+                raise InputError(f"--{name} {options[name]} contradicts {stored} of the row in {folder}: give the same options, or another --out")
+    if not state or state["epoch"] < options["epochs"]:
+        train(options, folder, bool(state), device, args.compile)
+        wait_for_all()
+        state = read_checkpoint(folder / "last.pt", torch.device("cpu"))
+    config = json.loads((folder / "config.json").read_text())
+    result = {"parameters": config["parameters"]["generator"], "minutes": state["rows"][-1]["seconds"] / 60}
+    return options, folder, state["best"] | result
+
+
+def table_row(row: dict) -> dict:
+    """A row of the table as text: mean, and ± standard deviation if there are several runs."""
+    cells = {"network": row["network"], "loss": row["loss"], "activation": row["act"]}
+    for name in COLUMNS[3:-1]:
+        values = [run[name] for run in row["runs"]]
+        digits = {"parameters": 0, "minutes": 1, "ssim_restored": 4}.get(name, 2)
+        cells[name] = f"{statistics.mean(values):,.{digits}f}"
+        if len(values) > 1 and digits and name != "minutes":
+            cells[name] += f" ± {statistics.stdev(values):.{digits}f}"
+    return cells | {"paper": f"{row['paper']:.3f}" if row["paper"] else ""}
+
+
+def say_row(row: dict) -> None:
+    """The table, printed as it fills."""
+    if rank_and_world()[0] == 0:
+        print("| " + " | ".join(table_row(row).values()) + " |", flush=True)
+
+
+def write_table(out: Path, table: list[dict]) -> None:
+    """table.md and table.csv with the rows that have a run."""
+    if rank_and_world()[0] != 0:
+        return
+    rows = [table_row(row) for row in table if row["runs"]]
+    lines = ["| " + " | ".join(line) + " |" for line in (COLUMNS, ["---"] * len(COLUMNS), *(row.values() for row in rows))]
+    data.save(out / "table.md", ("\n".join(lines) + "\n").encode())
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    data.save(out / "table.csv", text.getvalue().encode())
+
+
+# --- Restoring your own photo ---------------------------------------------------------------------
+
+
+def photo_mask(file: str | None, photo: PIL.Image.Image, hole: float) -> torch.Tensor:
+    """What is missing from a photo, (1, H, W), 1 in the hole: the mask file, white = missing, or a centred square."""
+    width, height = photo.size
+    if not file:
+        side = max(1, round(min(width, height) * hole))
+        top, left, mask = (height - side) // 2, (width - side) // 2, torch.zeros(1, height, width)
+        mask[:, top : top + side, left : left + side] = 1
+        return mask
+    try:
+        picture = data.open_photo(file).convert("L")
+    except InputError as error:
+        raise InputError(f"--mask {file}: {error}") from error
+    if abs(picture.width * height - width * picture.height) > max(width, height):  # a pixel's rounding is allowed
+        raise InputError(f"--mask {file} is {picture.width} x {picture.height}, the photo {width} x {height}: it takes the same proportions")
+    mask = data.to_tensor(picture.resize(photo.size, PIL.Image.Resampling.NEAREST).convert("RGB"))[:1] >= 128
+    if mask.all() or not mask.any():
+        colour, missing = ("white", "everything") if mask.all() else ("black", "nothing")
+        raise InputError(f"--mask {file} is all {colour}, so {missing} is missing: paint white what is to be filled")
+    return mask.float()
+
+
+def resize(image: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, C, S, S) -> (B, C, size, size), smoothly both ways."""
+    return torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+@torch.no_grad()
+def fill(run: Run, photo: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Paint the hole of a photo of any size: photo (3, H, W) in [0, 1], mask (1, H, W) -> (3, H, W).
+
+    The network sees the smallest square in which the hole takes the share it was trained on, in the centre; beyond the
+    photo's border its last pixels are repeated. What it paints is scaled back. Then the difference at the rim between
+    the known pixels and the painted ones, carried on into the hole by Laplace's equation, is added: no seam is left.
+    """
+    res, (height, width) = run.options["res"], photo.shape[1:]
+    rows, columns = mask[0].any(1).nonzero()[:, 0], mask[0].any(0).nonzero()[:, 0]
+    top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    side = math.ceil(max(bottom - top, right - left) * res / round(res * run.options["hole"]))
+    y0, x0 = (top + bottom - side) // 2, (left + right - side) // 2
+    y, x = torch.arange(y0, y0 + side).clamp(0, height - 1), torch.arange(x0, x0 + side).clamp(0, width - 1)
+    region, hole = photo[:, y][:, :, x][None], mask[:, y][:, :, x][None]  # (1, 3, side, side), (1, 1, side, side)
+    share = resize(1 - hole, res)  # how much of each small pixel is known: only that gives it its colour
+    small = (resize(region * (1 - hole), res) / share.clamp(min=1e-6)).clamp(0, 1)
+    painted = resize(paint(run, small.to(run.device), (share < 0.5).float().to(run.device)).cpu(), side)
+    # Back in the photo: the hole's bounding box, with one known pixel around it where there is one.
+    top, bottom, left, right = max(0, top - 1), min(height, bottom + 1), max(0, left - 1), min(width, right + 1)
+    painted = painted[..., top - y0 : bottom - y0, left - x0 : right - x0]
+    known, hole = photo[None, :, top:bottom, left:right], mask[None, :, top:bottom, left:right]
+    joined = painted + models.harmonic((known - painted) * (1 - hole), hole)
+    result = photo.clone()
+    result[:, top:bottom, left:right] = torch.where(hole > 0, joined.clamp(0, 1), known)[0]
+    return result
+
+
+def restore_photo(run: Run, file: Path, mask_file: str | None, out: Path) -> None:
+    """NAME-restored.png and NAME-compare.png in `out`, numbered if they exist; known pixels are the photo's to the bit."""
+    photo = data.open_photo(file)
+    pixels, mask = data.to_tensor(photo), photo_mask(mask_file, photo, round(run.options["res"] * run.options["hole"]) / run.options["res"])
+    image = pixels.float() / 255
+    restored = torch.where(mask > 0, fill(run, image, mask).mul(255).round().to(torch.uint8), pixels)
+    name, n = file.stem, 1
+    while any((out / f"{name}-{kind}.png").exists() for kind in ("restored", "compare")):
+        n += 1
+        name = f"{file.stem}-{n}"
+    picture = data.to_picture(restored)
+    picture.info["icc_profile"] = photo.info.get("icc_profile")  # the same colours on the same screen
+    out.mkdir(parents=True, exist_ok=True)
+    data.save(out / f"{name}-restored.png", data.png(picture))
+    parts = {"damaged": data.to_picture(data.damage(image, mask)), "restored": picture} | ({} if mask_file else {"original": photo})
+    data.save(out / f"{name}-compare.png", data.png(data.side_by_side(parts)))
+    print(out / f"{name}-restored.png")
+
+
+def restore_photos(args: argparse.Namespace) -> None:
+    """All photos of --restore; those that cannot be read are named at the end, and the others restored all the same."""
+    if not args.checkpoint:
+        raise InputError("--restore needs --checkpoint: the best.pt of a run folder")
+    run, out, broken = load_painter(args.checkpoint, choose_device(args.device)), Path(args.out or "restored"), []
+    check_writable(out)
+    files = []
+    for path in map(Path, args.restore):
+        files += [path / name for name, *_ in data.list_pictures(path)] if path.is_dir() else [path]
+    for file in files:
+        try:
+            restore_photo(run, file, args.mask, out)
+        except InputError as error:
+            broken.append(f"{file}: {error}" if "--mask" not in str(error) else f"{file}: not restored, {error}")
+    if broken:
+        raise InputError(f"{len(files) - len(broken)} of {len(files)} photos are restored; " + "; ".join(broken))
+
+
 # --- The command ----------------------------------------------------------------------------------
 
 
@@ -732,7 +958,11 @@ def run_command(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     if args.evaluate:
         return evaluate(args)
+    if args.restore:
+        return restore_photos(args)
     with processes(args.device):
+        if args.compare:
+            return compare(args)
         options = training_options(args)
         folder = choose_folder(args, options)
         if args.resume:

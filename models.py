@@ -34,24 +34,25 @@ def channels(depth: int, width: int) -> list[int]:
 
 
 class UNet(nn.Module):
-    """The painter (section 2.2, figure 2; figure 3 with fewer levels), here with depth 5 and width 32 at 64 px:
+    """The painter (section 2.2, figure 2; figure 3 with fewer levels), here with depth 5 and width 24 at 64 px:
 
-        damaged + mask  (B, 4, 64, 64) ───────────────────────────────────────┐
-            │ down                                                            │
-        (B, 32, 32, 32) ───────────────── skip ─────────┐    paint: (B, 3, 64, 64) in [0, 1]
-            │ down                                      │ up                  ▲ up
-        (B, 64, 16, 16) ──────────── skip ────────┐  (B, 64, 32, 32) ─────────┘
-            │ down                                │ up  ▲
-        (B, 128, 8, 8) ─────── skip ────────┐  (B, 128, 16, 16)
-            │ down                          │ up  ▲
-        (B, 256, 4, 4) ── skip ───────┐  (B, 256, 8, 8)
-            │ down                    │ up  ▲
-        (B, 512, 2, 2) ───── up ──▶ (B, 512, 4, 4)         each is what came up beside the skip
+        damaged + mask (B, 4, 64, 64) ─────────── skip ───────────▶ (B, 12 + 4, 64, 64) ──▶ (B, 3, 64, 64) in [0, 1]
+            ▼ down                                                         ▲ up          3 x 3
+        (B, 24, 32, 32) ───────────────── skip ──────────▶ (B, 24 + 24, 32, 32)
+            ▼ down                                                    ▲ up
+        (B, 48, 16, 16) ────────────── skip ────────▶ (B, 48 + 48, 16, 16)
+            ▼ down                                               ▲ up
+        (B, 96, 8, 8) ────────── skip ──────────▶ (B, 96 + 96, 8, 8)
+            ▼ down                                          ▲ up
+        (B, 192, 4, 4) ────── skip ────────▶ (B, 192 + 192, 4, 4)
+            ▼ down                                     ▲ up
+        (B, 384, 2, 2) ────────────────────────────────┘
 
-    down = convolution 4 x 4, stride 2, batch norm, activation; up = the same, transposed. The bottom sees the whole
-    face, the skips keep the details. Two things differ from the paper: the mask is a fourth channel, for a white hole
-    on a white wall could not be told apart otherwise; and no batch norm at the first level and the bottom, where
-    it would wash out the colours and, at 1 x 1, has too few values for its statistics.
+    down = convolution 4 x 4, stride 2, batch norm, activation; up = the same, transposed; where a skip arrives, what came
+    up and what was kept stand side by side. The bottom sees the whole face, the skips keep every detail, and the topmost
+    lets the known pixels through. Two things differ from the paper: the mask is a fourth channel, for a white hole on
+    a white wall could not be told apart otherwise; and the first level and the bottom have no batch norm, which would
+    wash out the colours there and, at 1 x 1, would have too few values for its statistics.
     """
 
     def __init__(self, depth: int, width: int, act: str):
@@ -60,10 +61,11 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, (fan_in, out) in enumerate(zip([4] + levels, levels)):
             self.down.append(self._step(nn.Conv2d, fan_in, out, act, norm=0 < level < depth - 1))
-        for level in reversed(range(1, depth)):
+        for level in reversed(range(depth)):
             fan_in = levels[level] * (1 if level == depth - 1 else 2)
-            self.up.append(self._step(nn.ConvTranspose2d, fan_in, levels[level - 1], act))
-        self.paint = nn.ConvTranspose2d(levels[0] * (1 if depth == 1 else 2), 3, 4, stride=2, padding=1)
+            out = levels[level - 1] if level else max(1, width // 2)
+            self.up.append(self._step(nn.ConvTranspose2d, fan_in, out, act))
+        self.paint = nn.Conv2d(max(1, width // 2) + 4, 3, 3, padding=1)
 
     @staticmethod
     def _step(convolution, fan_in: int, out: int, act: str, norm: bool = True) -> nn.Sequential:
@@ -75,9 +77,8 @@ class UNet(nn.Module):
         x = torch.cat([damaged, mask.expand(len(damaged), 1, *damaged.shape[2:])], 1)
         skips = []
         for down in self.down:
-            x = down(x)  # level k: (B, width * 2^k, H / 2^(k + 1), W / 2^(k + 1))
             skips.append(x)
-        skips.pop()  # the bottom is where we are
+            x = down(x)  # after level k: (B, width * 2^k, H / 2^(k + 1), W / 2^(k + 1))
         for up in self.up:
             x = torch.cat([up(x), skips.pop()], 1)
         return torch.sigmoid(self.paint(x).float())

@@ -1,0 +1,1001 @@
+"""What this project promises, one test a promise, in the order of its files: data, models, losses, the program.
+
+    python -m pytest                     everything quick, about a minute
+    SLOW=1 python -m pytest              also twenty kills, a thousand damaged files and a real training
+    python test_inpaint.py               no tests: how fast all of it is on this machine, as a table
+    pytest -v                            reads as the list of promises
+
+Tests that use CelebA look for it at ../shared/celeba and skip without it.
+"""
+
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import inpaint
+import losses
+import models
+from data import InputError
+
+HERE = Path(__file__).parent
+CELEBA = HERE.parent / "shared" / "celeba" / "img_align_celeba.zip"
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1 runs it")
+needs_celeba = pytest.mark.skipif(not CELEBA.exists(), reason="needs the shared pictures")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CPU = torch.device("cpu")
+TINY = ["--res", "32", "--width", "4", "--depth", "3", "--batch", "8", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """Each test has a working directory of its own and a small built-in data set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "SYNTHETIC", 40)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def faces():
+    """24 drawn faces, float (24, 3, 64, 64)."""
+    return data.synthetic_faces(24, 64, 1).float() / 255
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The folder of a finished small run of a U-Net."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SYNTHETIC", 40)
+        inpaint.main(["--epochs", "2", "--out", str(folder / "run"), *TINY])
+    return folder / "run"
+
+
+def write_photos(folder, count=12, size=96, suffix=".jpg"):
+    """Drawn faces as picture files 000.jpg, 001.jpg, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, face in enumerate(data.synthetic_faces(count, size, 3)):
+        data.to_picture(face).save(folder / f"{i:03d}{suffix}", quality=92)
+    return folder
+
+
+def command(*argv):
+    """main(argv) -> its exit code."""
+    try:
+        inpaint.main([str(word) for word in argv])
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def options_for(model="unet", **changed):
+    """The options that the command line would make, for a small network."""
+    args = inpaint.parser().parse_args(["--model", model, *TINY])
+    return inpaint.training_options(args) | changed
+
+
+# === data.py: the hole ============================================================================
+
+
+@pytest.mark.parametrize("res, side, corner", [(64, 19, 22), (128, 38, 45), (32, 10, 11), (256, 77, 89)])
+def test_the_hole_is_a_centred_square_of_30_percent_of_the_side(res, side, corner):
+    mask = data.center_hole(res, 0.3)
+    assert mask.shape == (1, 1, res, res) and mask.sum() == side**2
+    assert mask[0, 0, corner : corner + side, corner : corner + side].all()
+
+
+def test_damage_is_white_in_the_hole_and_changes_nothing_else(faces):
+    mask = data.center_hole(64, 0.3)
+    damaged = data.damage(faces, mask)
+    assert (damaged[:, :, 22:41, 22:41] == 1).all()
+    assert torch.equal(damaged * (1 - mask), faces * (1 - mask))
+
+
+def test_random_holes_lie_inside_vary_and_are_central_half_of_the_time():
+    boxes = data.random_boxes(2000, 64, 0.3, torch.Generator().manual_seed(0))
+    top, left, bottom, right = boxes.T
+    assert (top >= 0).all() and (left >= 0).all() and (bottom <= 64).all() and (right <= 64).all()
+    assert (bottom > top).all() and (right > left).all()
+    central = (boxes == data.center_box(64, 0.3)).all(1).float().mean()
+    assert 0.45 < central < 0.55
+    assert len(boxes.unique(dim=0)) > 800
+    masks = data.box_mask(boxes, 64)
+    assert torch.equal(masks.sum((1, 2, 3)).long(), (bottom - top) * (right - left))
+
+
+# === data.py: reading pictures ====================================================================
+
+
+def picture(mode, size=(40, 40)):
+    """A left-to-right ramp from black to white in a mode of Pillow."""
+    ramp = np.linspace(0, 1, size[0])[None].repeat(size[1], 0)
+    if mode == "I;16":
+        return Image.fromarray((ramp * 65535).astype(np.uint16))
+    if mode in ("I", "F"):
+        return Image.fromarray((ramp * 65535).astype(np.int32) if mode == "I" else ramp.astype(np.float32))
+    grey = Image.fromarray((ramp * 255).astype(np.uint8))
+    return grey.convert("RGB").convert(mode) if mode in ("CMYK", "P", "RGBA") else grey.convert(mode)
+
+
+@pytest.mark.parametrize(
+    "mode, suffix",
+    [("L", "png"), ("1", "png"), ("LA", "png"), ("RGB", "bmp"), ("RGBA", "png"), ("P", "gif"), ("CMYK", "jpg"),
+     ("I;16", "png"), ("I", "tif"), ("F", "tif"), ("YCbCr", "jpg")],
+)  # fmt: skip
+def test_every_mode_of_pillow_becomes_rgb_scaled_and_not_clipped(mode, suffix, tmp_path):
+    picture(mode).save(tmp_path / f"ramp.{suffix}")
+    pixels = data.load_images(tmp_path, 32)[0].float()
+    assert pixels.shape == (3, 32, 32)
+    if mode != "1":
+        assert abs(pixels[:, :, 16].mean() - 131) < 12, "the middle of the ramp must stay grey"
+    assert pixels[:, :, 0].mean() < 40 and pixels[:, :, -1].mean() > 215
+
+
+def test_exif_orientation_turns_the_picture_upright(tmp_path):
+    image = Image.new("RGB", (60, 40), "black")
+    image.paste("white", (0, 0, 60, 20))
+    turned = image.rotate(90, expand=True)  # stored lying on its side ...
+    exif = Image.Exif()
+    exif[0x0112] = 6  # ... and told to be turned by 90 degrees clockwise
+    turned.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    pixels = data.load_images(tmp_path, 32)[0].float()
+    assert pixels[:, :12].mean() > 240 and pixels[:, 20:].mean() < 15
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert data.load_images(tmp_path, 32)[0].float().mean((1, 2)).round().tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20000, 1), (3, 500), (33, 32)])
+def test_pictures_of_odd_sizes_become_squares(size, tmp_path):
+    Image.new("RGB", size, (10, 200, 30)).save(tmp_path / "odd.png")
+    pixels = data.load_images(tmp_path, 32)
+    assert pixels.shape == (1, 3, 32, 32)
+    assert pixels[0].float().mean((1, 2)).tolist() == [10, 200, 30]
+
+
+def test_the_central_square_is_cut_out(tmp_path):
+    image = Image.new("RGB", (300, 100), "black")
+    image.paste("white", (100, 0, 200, 100))
+    image.save(tmp_path / "wide.png")
+    assert data.load_images(tmp_path, 32).float().mean() > 254
+
+
+def test_folders_and_zips_are_searched_to_the_bottom_and_litter_is_passed_over(tmp_path):
+    names = ["b.jpg", "a/ä ö.png", "a/c/日本.JPG", "z 1.webp"]
+    for name in names:
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), "red").save(tmp_path / "d" / name)
+    (tmp_path / "d" / "__MACOSX").mkdir()
+    for litter in ("__MACOSX/b.jpg", ".hidden.jpg", "notes.txt", "a/list.csv"):
+        (tmp_path / "d" / litter).write_bytes(b"no picture")
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+        for file in (tmp_path / "d").rglob("*"):
+            archive.write(file, file.relative_to(tmp_path))
+    found = [name for name, *_ in data.list_pictures(tmp_path / "d")]
+    assert found == sorted(names)
+    assert [name for name, *_ in data.list_pictures(tmp_path / "d.zip")] == sorted(f"d/{name}" for name in names)
+    assert torch.equal(data.load_images(tmp_path / "d", 32), data.load_images(tmp_path / "d.zip", 32))
+
+
+def test_reduced_jpeg_decoding_is_used_and_differs_by_less_than_a_level(tmp_path, monkeypatch):
+    files = []
+    for i, face in enumerate(data.synthetic_faces(8, 178, 5)):
+        tall = data.to_picture(F.pad(face[None].float(), (0, 0, 20, 20), mode="replicate")[0].to(torch.uint8))
+        tall.save(tmp_path / f"{i}.jpg", quality=90)
+        files.append(tmp_path / f"{i}.jpg")
+    sizes = []
+    square = data.central_square
+    monkeypatch.setattr(data, "central_square", lambda image, res: sizes.append(image.size) or square(image, res))
+    fast = data.load_images(tmp_path, 64).float()
+    assert set(sizes) == {(89, 109)}, "a 178 x 218 JPEG must be decoded at half its size for 64 px"
+    full = torch.stack([data.to_tensor(square(Image.open(file).convert("RGB"), 64)) for file in files]).float()
+    assert (fast - full).abs().mean() < 1
+
+
+def test_broken_pictures_in_a_large_data_set_are_left_out_and_named_once(tmp_path, capsys):
+    write_photos(tmp_path / "d", 60, 24)
+    (tmp_path / "d" / "007.jpg").write_bytes(b"not a jpeg")
+    (tmp_path / "d" / "050.jpg").write_bytes((tmp_path / "d" / "051.jpg").read_bytes()[:300])
+    whole = [i for i in range(60) if i not in (7, 50)]
+    images = data.load_images(tmp_path / "d", 32)
+    told = capsys.readouterr().err
+    assert len(images) == 58 and "2 of 60" in told and "007.jpg" in told and "050.jpg" in told
+    direct = [data.to_tensor(data.central_square(data.open_photo(tmp_path / "d" / f"{i:03d}.jpg", 32), 32)) for i in whole]
+    assert torch.equal(images, torch.stack(direct))
+    assert len(data.load_images(tmp_path / "d", 32)) == 58 and capsys.readouterr().err == ""
+
+
+def test_several_processes_decode_to_the_same_bytes_as_one(tmp_path, monkeypatch):
+    write_photos(tmp_path / "d", 200, 32, ".png")
+    one = data.load_images(tmp_path / "d", 32, "cache1").clone()
+    listed = data.list_pictures
+    monkeypatch.setattr(data, "list_pictures", lambda path: [(name, 1 << 20, when) for name, _, when in listed(path)])
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert torch.equal(data.load_images(tmp_path / "d", 32, "cache3"), one)
+
+
+# === data.py: the cache ===========================================================================
+
+
+def cache_file(folder="cache"):
+    return next(Path(folder).glob("*.u8"))
+
+
+def test_the_second_load_comes_from_the_cache_alone(tmp_path, monkeypatch):
+    write_photos(tmp_path / "d")
+    first = data.load_images(tmp_path / "d", 32).clone()
+    monkeypatch.setattr(data, "decode", None)
+    assert torch.equal(data.load_images(tmp_path / "d", 32), first)
+
+
+@pytest.mark.parametrize("harm", ["cut", "foreign", "empty", "grown", "of another data set"])
+def test_a_cache_that_is_not_whole_and_right_is_made_anew(harm, tmp_path):
+    write_photos(tmp_path / "d")
+    first = data.load_images(tmp_path / "d", 32).clone()
+    file = cache_file()
+    whole = file.read_bytes()
+    other = bytearray(whole)
+    other[-5] ^= 1
+    file.write_bytes(
+        {"cut": whole[:-3072], "foreign": os.urandom(len(whole)), "empty": b"", "grown": whole + whole, "of another data set": bytes(other)}[harm]
+    )
+    assert torch.equal(data.load_images(tmp_path / "d", 32), first)
+    assert cache_file().read_bytes() == whole
+
+
+def test_a_changed_file_makes_the_cache_stale(tmp_path):
+    write_photos(tmp_path / "d")
+    first = data.load_images(tmp_path / "d", 32).clone()
+    Image.new("RGB", (40, 40), "blue").save(tmp_path / "d" / "003.jpg")
+    second = data.load_images(tmp_path / "d", 32)
+    assert not torch.equal(first[3], second[3]) and torch.equal(first[4], second[4])
+    assert len(list(Path("cache").iterdir())) == 1, "one cache for a data set and resolution"
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+    write_photos(tmp_path / "d")
+    Path("cache").write_text("a file is in the way")
+    assert data.load_images(tmp_path / "d", 32).shape == (12, 3, 32, 32)
+    assert "warning: no cache" in capsys.readouterr().err
+
+
+def test_the_split_is_by_name_order():
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None]
+    training, validation = data.split(images, 0.2)
+    assert training.flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7] and validation.flatten().tolist() == [8, 9]
+
+
+# === data.py: drawn faces, batches, pictures ======================================================
+
+
+def test_synthetic_faces_are_the_same_for_a_seed_and_differ_between_faces():
+    first = data.synthetic_faces(20, 64, 0)
+    assert torch.equal(first, data.synthetic_faces(20, 64, 0))
+    assert not torch.equal(first, data.synthetic_faces(20, 64, 1))
+    assert first.dtype == torch.uint8 and first.shape == (20, 3, 64, 64)
+    assert (first[1:].float() - first[:-1].float()).abs().mean((1, 2, 3)).min() > 5
+
+
+def test_what_the_hole_hides_follows_from_the_rest_but_not_all_of_it():
+    pixels = data.synthetic_faces(1500, 32, 0).float() / 255
+    hole = data.center_hole(32, 0.3).expand(1500, 3, 32, 32) > 0
+    inside, known = pixels[hole].view(1500, -1).double(), pixels[~hole].view(1500, -1).double()
+    train, test = slice(0, 1200), slice(1200, 1500)
+    centre_x, centre_y = known[train].mean(0), inside[train].mean(0)
+    kernel = (known - centre_x) @ (known[train] - centre_x).T  # ridge regression, in its dual form
+    guess = kernel[test] @ torch.linalg.solve(kernel[train] + 30 * torch.eye(1200), inside[train] - centre_y) + centre_y
+    explained = 1 - (guess - inside[test]).square().mean() / (inside[test] - centre_y).square().mean()
+    assert 0.5 < explained < 0.97
+
+
+def test_batches_hold_every_picture_once_in_the_given_order_mirrored_where_asked(faces):
+    pixels = (faces * 255).round().to(torch.uint8)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    flip = torch.arange(24) % 2 == 0
+    images = torch.cat(list(data.batches(pixels, 8, order, flip, CPU)))
+    assert images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1
+    expected = pixels[order].float() / 255
+    expected[flip] = expected[flip].flip(3)
+    assert torch.equal(images, expected)
+
+
+def test_processes_share_an_epoch_without_overlap_and_each_epoch_is_shuffled_anew(monkeypatch):
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(inpaint, "rank_and_world", lambda rank=rank: (rank, 3))
+        parts.append(inpaint.draw_epoch(options_for(), 0, 30, 10)[0].tolist())
+    assert sorted(itertools.chain(*parts)) == list(range(30))
+    monkeypatch.setattr(inpaint, "rank_and_world", lambda: (0, 3))
+    assert inpaint.draw_epoch(options_for(), 1, 30, 10)[0].tolist() != parts[0]
+
+
+def test_a_grid_shows_its_pictures_pixel_by_pixel(faces):
+    sheet = data.grid([("damaged", faces[:3]), ("original", faces[3:6])])
+    pixels = np.asarray(sheet)
+    face = np.asarray(data.to_picture(faces[5]).resize((128, 128), Image.Resampling.NEAREST))
+    assert (pixels[-132:-4, -132:-4] == face).all()
+    assert sheet.width > 3 * 128 and (pixels[:, :40] < 128).any(), "the labels are written at the left"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    data.save(tmp_path / "f", b"old")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        data.save(tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+# === models.py ====================================================================================
+
+
+def test_swish_is_x_times_sigmoid_and_agrees_with_torch():
+    x = torch.linspace(-20, 20, 1001, dtype=torch.float64)
+    expected = x.numpy() / (1 + np.exp(-x.numpy()))
+    assert np.allclose(models.Swish()(x).numpy(), expected, atol=1e-15)
+    assert torch.allclose(models.Swish()(x), F.silu(x))
+
+
+@pytest.mark.parametrize("act", ["relu", "swish"])
+@pytest.mark.parametrize("res, depth", [(32, 1), (32, 5), (64, 4), (64, 6), (128, 5), (256, 5)])
+def test_the_unet_paints_a_picture_of_the_same_size_between_0_and_1(res, depth, act):
+    output = models.UNet(depth, 4, act)(torch.rand(2, 3, res, res), data.center_hole(res, 0.3))
+    assert output.shape == (2, 3, res, res) and output.dtype == torch.float32
+    assert 0 <= output.min() and output.max() <= 1
+
+
+def test_the_unet_has_the_activation_it_was_asked_for():
+    for act, kind, other in (("relu", torch.nn.ReLU, models.Swish), ("swish", models.Swish, torch.nn.ReLU)):
+        kinds = [type(layer) for layer in models.UNet(4, 4, act).modules()]
+        assert kinds.count(kind) == 8 and other not in kinds
+
+
+def test_every_level_of_the_unet_has_a_skip():
+    network = models.UNet(5, 8, "relu")
+    assert [step[0].in_channels for step in network.up] == [128, 128, 64, 32, 16]
+    assert [step[0].out_channels for step in network.up] == [64, 32, 16, 8, 4] and network.paint.in_channels == 4 + 4
+
+
+def test_the_mask_tells_a_white_hole_from_a_white_wall():
+    network = models.UNet(3, 4, "relu").eval()
+    white = torch.ones(1, 3, 32, 32)
+    assert not torch.allclose(network(white, torch.zeros(1, 1, 32, 32)), network(white, data.center_hole(32, 0.3)))
+
+
+@pytest.mark.parametrize("res", [32, 64, 128, 256])
+def test_the_discriminator_has_log2_res_minus_2_halvings_and_one_logit(res):
+    network = models.Discriminator(res, 4)
+    strides = [layer.stride[0] for layer in network.judge if isinstance(layer, torch.nn.Conv2d)]
+    assert strides == [2] * int(math.log2(res) - 2) + [1]
+    logits = network(torch.rand(3, 3, res, res))
+    assert logits.shape == (3,) and network.judge[0].in_channels == 3
+
+
+@pytest.mark.parametrize("network", [models.UNet(4, 4, "swish"), models.Discriminator(32, 4)], ids=["unet", "discriminator"])
+def test_gradients_reach_every_weight(network):
+    inputs = [torch.rand(4, 3, 32, 32)] + ([data.center_hole(32, 0.3)] if isinstance(network, models.UNet) else [])
+    network(*inputs).square().sum().backward()
+    for name, weight in network.named_parameters():
+        assert weight.grad is not None and weight.grad.abs().sum() > 0, name
+
+
+def test_evaluation_mode_gives_the_same_bits_alone_or_in_a_batch(faces):
+    network, mask = models.UNet(4, 4, "swish").eval(), data.center_hole(64, 0.3)
+    with torch.no_grad():
+        assert torch.equal(network(faces, mask), network(faces, mask))
+        assert torch.allclose(network(faces, mask)[:1], network(faces[:1], mask), atol=1e-6)
+
+
+def test_dcgan_starts_with_a_standard_deviation_of_two_hundredths():
+    network = models.Discriminator(64, 32)
+    models.dcgan_init(network)
+    for layer in network.judge:
+        if isinstance(layer, torch.nn.Conv2d):
+            assert 0.018 < layer.weight.std() < 0.022
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            assert abs(layer.weight.mean() - 1) < 0.02 and (layer.bias == 0).all()
+
+
+def test_harmonic_diffusion_continues_a_plane_exactly_and_keeps_the_known_pixels(faces):
+    y, x = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="ij")
+    plane, mask = (0.3 * x + 0.6 * y)[None, None].expand(2, 3, 64, 64), data.center_hole(64, 0.3)
+    assert (models.harmonic(data.damage(plane, mask), mask) - plane).abs().max() < 1e-5
+    filled = models.harmonic(data.damage(faces, mask), mask)
+    assert torch.equal(filled * (1 - mask), faces * (1 - mask))
+
+
+def test_harmonic_diffusion_solves_laplaces_equation_in_holes_of_any_place(faces):
+    mask = data.box_mask(torch.tensor([[0, 10, 30, 40], [20, 20, 64, 64]]), 64)
+    filled = models.harmonic(faces[:2], mask)
+    padded = F.pad(filled, (1, 1, 1, 1), mode="replicate")
+    mean = (padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1] + padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:]) / 4
+    assert ((mean - filled) * mask).abs().max() < 1e-3
+
+
+# === losses.py: SSIM ==============================================================================
+
+
+def naive_ssim(x, y, data_range=1.0):
+    """The definition in float64 numpy, window by window: (C, H, W) twice -> a number."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    d = np.arange(11) - 5.0
+    line = np.exp(-(d**2) / (2 * 1.5**2))
+    window = np.outer(line, line) / np.outer(line, line).sum()
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    values = []
+    for channel, i, j in itertools.product(range(x.shape[0]), range(x.shape[1] - 10), range(x.shape[2] - 10)):
+        a, b = x[channel, i : i + 11, j : j + 11], y[channel, i : i + 11, j : j + 11]
+        ma, mb = (window * a).sum(), (window * b).sum()
+        va, vb = (window * (a - ma) ** 2).sum(), (window * (b - mb) ** 2).sum()
+        cov = (window * (a - ma) * (b - mb)).sum()
+        values.append((2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2)))
+    return np.mean(values)
+
+
+def ssim_pairs():
+    g = torch.Generator().manual_seed(0)
+    noise = torch.rand(3, 24, 28, generator=g)
+    ramp = torch.linspace(0, 1, 28).expand(3, 24, 28)
+    flat = torch.ones(3, 24, 28)
+    face = data.synthetic_faces(2, 32, 0).float() / 255
+    return {
+        "noise": (noise, torch.rand(3, 24, 28, generator=g)),
+        "noise and itself a little changed": (noise, (noise + 0.05 * torch.randn(3, 24, 28, generator=g)).clamp(0, 1)),
+        "ramp and its mirror image": (ramp, ramp.flip(2)),
+        "flat and bright": (flat, 0.8 * flat),
+        "flat, bright and dark": (0.9 * flat, 0.1 * flat),
+        "bright with a little noise": (1 - 0.01 * noise, 1 - 0.02 * noise.flip(1)),
+        "faces": (face[0], face[1]),
+        "channels that differ": (torch.stack([ramp[0], noise[1], flat[0]]), noise),
+        "halves, dark and bright": (torch.cat([0.1 * flat, 0.9 * flat], 2), torch.cat([0.2 * flat, 0.9 * flat], 2)),
+    }
+
+
+@pytest.mark.parametrize("name", ssim_pairs())
+def test_ssim_is_the_definition_window_by_window(name):
+    x, y = ssim_pairs()[name]
+    expected = naive_ssim(x, y)
+    assert abs(losses.ssim(x[None], y[None]).item() - expected) < 2e-6
+    x64, y64 = x[None].double(), y[None].double()
+    assert abs(losses.ssim(x64, y64).item() - naive_ssim(x64[0], y64[0])) < 1e-12
+
+
+@pytest.mark.parametrize("a, b, expected", [(1, 0.8, 0.975611), (1, 0, 9.999e-5), (0, 0, 1), (0.3, 0.3, 1)])
+def test_ssim_of_flat_pictures_has_its_closed_form(a, b, expected):
+    flat = torch.ones(2, 3, 32, 32)
+    assert torch.allclose(losses.ssim(a * flat, b * flat), torch.tensor(float(expected)), atol=2e-6)
+
+
+def test_ssim_is_symmetric_at_most_1_and_below_0_for_a_negative(faces):
+    other = faces.roll(1, 0)
+    assert torch.allclose(losses.ssim(faces, other), losses.ssim(other, faces), atol=1e-6)
+    assert torch.allclose(losses.ssim(faces, faces), torch.ones(24), atol=1e-6)
+    noise = torch.rand(2, 3, 32, 32)
+    assert (losses.ssim(noise, 1 - noise) < -0.9).all()
+
+
+def test_ssim_does_not_depend_on_the_range_that_it_is_told(faces):
+    other = faces.roll(1, 0)
+    assert torch.allclose(losses.ssim(faces * 255, other * 255, data_range=255), losses.ssim(faces, other), atol=1e-6)
+
+
+def test_ssim_is_float32_under_autocast_and_keeps_float64(faces):
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = losses.ssim(faces, faces.roll(1, 0))
+    assert inside.dtype == torch.float32 and torch.equal(inside, losses.ssim(faces, faces.roll(1, 0)))
+    assert losses.ssim(faces.bfloat16(), faces.bfloat16()).dtype == torch.float32
+    assert losses.ssim(faces.double(), faces.double()).dtype == torch.float64
+
+
+def test_the_gradient_of_ssim_is_right_and_finite_on_flat_pictures():
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(1, 2, 13, 12, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(losses.ssim, (x, y))
+    for a, b in ((1.0, 1.0), (0.0, 0.0), (1.0, 0.8)):
+        flat = torch.full((1, 3, 16, 16), a, requires_grad=True)
+        losses.dssim(flat, torch.full((1, 3, 16, 16), b)).backward()
+        assert torch.isfinite(flat.grad).all()
+
+
+def test_ssim_refuses_pictures_smaller_than_its_window_and_other_shapes():
+    with pytest.raises(ValueError, match="11 x 11"):
+        losses.ssim(torch.rand(1, 3, 10, 64), torch.rand(1, 3, 10, 64))
+    with pytest.raises(ValueError, match="one shape"):
+        losses.ssim(torch.rand(1, 3, 16, 16), torch.rand(2, 3, 16, 16))
+
+
+def test_dssim_is_half_of_1_minus_ssim(faces):
+    other = faces.roll(1, 0)
+    assert torch.allclose(losses.dssim(faces, other), (1 - losses.ssim(faces, other).mean()) / 2)
+    assert losses.dssim(faces, faces).abs() < 1e-6
+
+
+# === losses.py: PSNR and the 6 dB =================================================================
+
+
+def test_psnr_has_its_closed_form_and_is_infinite_for_equal_pictures():
+    x = torch.full((2, 3, 8, 8), 0.5)
+    assert torch.allclose(losses.psnr(x, x + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)), torch.tensor([20.0, 40.0]), atol=1e-3)
+    assert losses.psnr(x, x).tolist() == [math.inf, math.inf]
+    assert abs(losses.psnr(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5)).item() - 6.0206) < 1e-4
+
+
+def test_psnr_is_one_value_a_picture(faces):
+    other = faces.roll(1, 0)
+    expected = [10 * math.log10(1 / np.mean((a - b) ** 2)) for a, b in zip(faces.double().numpy(), other.double().numpy())]
+    assert np.allclose(losses.psnr(faces, other).numpy(), expected, atol=1e-4)
+
+
+def test_psnr_with_a_mask_sees_only_the_hole_and_differs_by_the_area(faces):
+    mask = data.center_hole(64, 0.3)
+    restored = inpaint.restore(faces.roll(1, 0), faces, mask)
+    hole, whole = losses.psnr(restored, faces, mask), losses.psnr(restored, faces)
+    assert torch.allclose(whole - hole, torch.tensor(10 * math.log10(64**2 / 19**2)), atol=1e-3)
+    assert torch.allclose(hole, losses.psnr(faces.roll(1, 0)[:, :, 22:41, 22:41], faces[:, :, 22:41, 22:41]), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "x, message",
+    [(torch.rand(1, 3, 8, 8) * 255, "0, 1"), (torch.rand(1, 3, 8, 8) - 0.5, "0, 1"), (torch.full((1, 3, 8, 8), math.nan), "nan"),
+     (torch.ones(1, 3, 8, 8, dtype=torch.uint8), "uint8"), (torch.rand(1, 3, 8, 9), r"\(1, 3, 8, 9\)"), (torch.rand(3, 8, 8), "shape")],
+)  # fmt: skip
+def test_psnr_refuses_what_the_paper_very_probably_did(x, message):
+    with pytest.raises(ValueError, match=message):
+        losses.psnr(x, torch.zeros(1, 3, 8, 8))
+    if x.dtype != torch.uint8 and x.shape == (1, 3, 8, 8):
+        with pytest.raises(ValueError, match="second"):
+            losses.psnr(torch.zeros(1, 3, 8, 8), x)
+
+
+def test_a_good_restoration_scored_on_the_wrong_scale_looks_like_a_black_picture(faces):
+    restored = (faces + 0.02 * torch.randn(faces.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    assert losses.psnr(restored, faces).mean() > 30
+    pixels = faces * 255
+    wrong = (10 * torch.log10(255**2 / (restored - pixels).square().mean((1, 2, 3)))).mean()  # [0, 1] against [0, 255]
+    assert abs(wrong - losses.psnr(torch.zeros_like(faces), faces).mean()) < 0.1
+
+
+# === losses.py: the others ========================================================================
+
+
+def test_l1_and_mse_are_plain_means_until_the_hole_counts_more(faces):
+    other, mask = faces.roll(1, 0), data.center_hole(64, 0.3)
+    assert torch.allclose(losses.l1(other, faces, mask), F.l1_loss(other, faces))
+    assert torch.allclose(losses.mse(other, faces, mask), F.mse_loss(other, faces))
+    weight = np.where(mask.numpy() > 0, 10.0, 1.0)
+    expected = (np.abs(other.numpy() - faces.numpy()) * weight).sum() / (weight.sum() * 3 * 24)
+    assert abs(losses.l1(other, faces, mask, 10).item() - expected) < 1e-6
+
+
+def test_the_adversarial_losses_have_their_closed_forms_and_never_overflow():
+    real, fake = torch.tensor([0.0, 2.0]), torch.tensor([0.0, -1.0])
+    d = 1 / (1 + np.exp(-real.numpy())), 1 / (1 + np.exp(-fake.numpy()))
+    assert abs(losses.discriminator_loss(real, fake).item() + np.log(d[0]).mean() + np.log(1 - d[1]).mean()) < 1e-6
+    smooth = -(0.9 * np.log(d[0]) + 0.1 * np.log(1 - d[0])).mean() - np.log(1 - d[1]).mean()
+    assert abs(losses.discriminator_loss(real, fake, 0.1).item() - smooth) < 1e-6
+    assert abs(losses.generator_loss(fake).item() + np.log(d[1]).mean()) < 1e-6
+    assert torch.isfinite(losses.discriminator_loss(torch.tensor([-1e4]), torch.tensor([1e4])))
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("l1", {"l1": 1}), ("mse+dssim", {"mse": 0.5, "dssim": 0.5}), ("100*l1+adversarial", {"l1": 100, "adversarial": 1}),
+     (" 2.5*l1 + dssim ", {"l1": 2.5, "dssim": 1}), ("l1+mse+dssim+adversarial", dict.fromkeys(losses.TERMS, 0.25))],
+)  # fmt: skip
+def test_the_loss_grammar(text, expected):
+    assert losses.parse_loss(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "l2", "l1+l1", "0*l1", "-1*l1", "nan*l1", "inf*l1", "l1+", "*l1", "l1*2", "2*3*l1", "x*l1"])
+def test_the_loss_grammar_refuses(text):
+    with pytest.raises(ValueError, match="l1|weight"):
+        losses.parse_loss(text)
+
+
+# === inpaint.py: training =========================================================================
+
+
+def small_batch(count=8, res=32):
+    return data.synthetic_faces(count, res, 7).float() / 255, data.center_hole(res, 0.3).expand(count, 1, res, res)
+
+
+def test_one_batch_of_32_faces_is_overfitted():
+    image, mask = small_batch(32)
+    run = inpaint.build(options_for(width=16, lr=4e-3), CPU)
+    for _ in range(150):
+        inpaint.training_step(run, image, mask)
+    run.generator.eval()
+    with torch.no_grad():
+        output = run.generator(data.damage(image, mask), mask)
+    assert losses.psnr(output, image, mask).mean() > 26, "a network that cannot learn 32 faces by heart has a bug"
+
+
+@pytest.mark.parametrize("loss", ["adversarial", "100*l1+adversarial", "l1", "mse+dssim"])
+def test_a_step_trains_what_the_loss_says_and_reports_its_terms(loss):
+    image, mask = small_batch()
+    run = inpaint.build(options_for("gan", loss=loss), CPU)
+    before = {name: value.clone() for name, value in run.generator.named_parameters()}
+    report = inpaint.training_step(run, image, mask)
+    assert set(losses.parse_loss(loss)) <= set(report)
+    assert (run.discriminator is not None) == ("D(x)" in report) == ("adversarial" in loss)
+    for name, value in run.generator.named_parameters():
+        assert not torch.equal(value, before[name]), f"{name} was not trained"
+
+
+def test_the_adversarial_loss_reaches_the_painter_and_not_the_frozen_discriminator(monkeypatch):
+    image, mask = small_batch()
+    run = inpaint.build(options_for("gan"), CPU)
+    updated = []
+    real_update = inpaint.update
+
+    def spy(optimizer, loss):
+        judge = [weight.clone() for weight in run.discriminator.parameters()]
+        real_update(optimizer, loss)
+        updated.append(any(not torch.equal(a, b) for a, b in zip(judge, run.discriminator.parameters())))
+
+    monkeypatch.setattr(inpaint, "update", spy)
+    inpaint.training_step(run, image, mask)
+    assert updated == [True, False], "first the discriminator's step, then the painter's"
+    assert all(weight.grad.abs().sum() > 0 for weight in run.generator.parameters())
+    assert all(weight.requires_grad for weight in run.discriminator.parameters())
+
+
+def test_the_learning_rate_falls_to_zero_over_all_steps():
+    rates = [inpaint.learning_rate(0.002, step, 10) for step in range(10)]
+    assert rates[0] == 0.002 and rates[-1] == pytest.approx(0.0002) and rates == sorted(rates, reverse=True)
+    assert inpaint.learning_rate(0.002, 5, 20) > inpaint.learning_rate(0.002, 5, 10), "more epochs recompute it"
+
+
+def test_the_average_of_the_weights_warms_up_and_covers_the_batch_norm():
+    network, ema = models.UNet(3, 4, "relu"), models.UNet(3, 4, "relu")
+    weight, start = network.up[0][0].weight, ema.up[0][0].weight.detach().clone()
+    network.down[1][1].running_mean.fill_(3)
+    inpaint.update_ema(ema, network, 0)
+    assert torch.allclose(ema.up[0][0].weight, 0.1 * start + 0.9 * weight, atol=1e-6)
+    assert torch.allclose(ema.down[1][1].running_mean, torch.tensor(2.7))
+    inpaint.update_ema(ema, network, 10**6)
+    assert torch.allclose(ema.down[1][1].running_mean, torch.tensor(2.7 + 0.001 * 0.3))
+
+
+def test_validation_is_the_mean_of_per_picture_values_and_the_same_bits_twice(faces):
+    pixels, mask = (faces * 255).round().to(torch.uint8), data.center_hole(64, 0.3)
+    run = inpaint.build(options_for(res=64), CPU)
+    first, second = (inpaint.validate(lambda image: inpaint.paint(run, image, mask), pixels, mask) for _ in range(2))
+    assert first == second
+    image = pixels.float() / 255
+    output = inpaint.paint(run, image, mask)
+    assert first["psnr_output"] == pytest.approx(losses.psnr(output, image).mean().item(), abs=1e-4)
+    assert first["psnr_hole"] == pytest.approx(losses.psnr(output, image, mask).mean().item(), abs=1e-4)
+    assert first["psnr_restored"] == pytest.approx(first["psnr_hole"] + 10 * math.log10(64**2 / 19**2), abs=1e-3)
+    assert first["ssim_restored"] == pytest.approx(losses.ssim(inpaint.restore(output, image, mask), image).mean().item(), abs=1e-5)
+    assert first["pictures"] == 24
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(monkeypatch, capsys):
+    step = inpaint.training_step
+    count = itertools.count()
+
+    def poisoned(run, image, mask):
+        if next(count) == 6:  # in the second epoch
+            with torch.no_grad():
+                run.generator.paint.weight.fill_(math.nan)
+        return step(run, image, mask)
+
+    monkeypatch.setattr(inpaint, "training_step", poisoned)
+    assert command("--epochs", 3, "--out", "run", *TINY) == 2
+    assert "l1 is nan in epoch 2" in capsys.readouterr().err
+    state = inpaint.read_checkpoint("run/last.pt", CPU)
+    assert state["epoch"] == 1 and all(torch.isfinite(value).all() for value in state["generator"].values())
+
+
+# === inpaint.py: the run folder ===================================================================
+
+
+def test_a_run_folder_holds_all_that_is_promised(tiny_run):
+    names = {file.name for file in tiny_run.iterdir()}
+    assert names == {"config.json", "log.csv", "last.pt", "best.pt", "grid.png", "curves.png", "results.json", "frames", "training.gif"}
+    rows = list(csv.DictReader((tiny_run / "log.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"] and rows[-1]["step"] == "8"
+    assert {"seconds", "images_per_second", "l1", *inpaint.METRICS} <= set(rows[0])
+    assert set(json.loads((tiny_run / "results.json").read_text())) == {*inpaint.METRICS, "epoch", "pictures"}
+    config = json.loads((tiny_run / "config.json").read_text())
+    assert config["options"]["res"] == 32 and config["parameters"]["generator"] > 1000 and "torch" in config["versions"]
+    with Image.open(tiny_run / "training.gif") as gif:
+        assert gif.n_frames == 3 == len(list((tiny_run / "frames").iterdir())), "the start and two epochs"
+
+
+def test_res_32_really_trains_at_32_pixels(tiny_run, monkeypatch):
+    shapes = set()
+    step = inpaint.training_step
+    monkeypatch.setattr(inpaint, "training_step", lambda run, image, mask: shapes.add((image.shape, mask.shape)) or step(run, image, mask))
+    assert command("--epochs", 1, *TINY) == 0
+    assert shapes == {((8, 3, 32, 32), (8, 1, 32, 32))}
+    assert Path("runs/unet-l1-relu-32/results.json").exists(), "the default folder tells model, loss, activation, resolution"
+
+
+def test_a_model_rebuilt_from_a_checkpoint_gives_the_same_output_and_figures(tiny_run, capsys):
+    image, mask = small_batch()[0], data.center_hole(32, 0.3)
+    one, two = (inpaint.load_painter(tiny_run / name, CPU) for name in ("best.pt", "best.pt"))
+    assert torch.equal(inpaint.paint(one, image, mask), inpaint.paint(two, image, mask))
+    assert command("--evaluate", tiny_run / "best.pt", "--json", "again.json", "--device", "cpu") == 0
+    assert json.loads(Path("again.json").read_text()) == json.loads((tiny_run / "results.json").read_text())
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in inpaint.METRICS)
+    assert command("--evaluate", tiny_run / "last.pt", "--val", 1, "--res", 64, "--device", "cpu") == 0
+    assert "40" in capsys.readouterr().out, "--val 1 measures all pictures"
+
+
+def test_the_same_command_and_seed_gives_the_same_bytes():
+    for name in ("a", "b"):
+        assert command("--model", "gan", "--epochs", 1, "--out", name, *TINY) == 0
+    for file in ("results.json", "grid.png", "training.gif"):
+        assert Path("a", file).read_bytes() == Path("b", file).read_bytes()
+    assert command("--model", "gan", "--epochs", 1, "--seed", 1, "--out", "c", *TINY) == 0
+    assert Path("a/results.json").read_bytes() != Path("c/results.json").read_bytes()
+
+
+def without_times(folder):
+    rows = list(csv.DictReader(Path(folder, "log.csv").open()))
+    return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_second")} for row in rows]
+
+
+@pytest.mark.parametrize("model, loss", [("unet", "l1"), ("gan", "100*l1+adversarial")])
+def test_a_run_that_was_stopped_and_resumed_ends_bit_for_bit_like_one_that_was_not(model, loss, monkeypatch, capsys):
+    words = ["--model", model, "--loss", loss, "--act", "swish", "--epochs", 3, "--hole-at", "random", *TINY]
+    assert command(*words, "--out", "whole") == 0
+    step, count = inpaint.training_step, itertools.count()
+
+    def interrupted(run, image, mask):
+        if next(count) == 6:  # in the second epoch
+            raise KeyboardInterrupt
+        return step(run, image, mask)
+
+    monkeypatch.setattr(inpaint, "training_step", interrupted)
+    assert command(*words, "--out", "halved") == 130
+    assert "--resume --out halved" in capsys.readouterr().err
+    monkeypatch.setattr(inpaint, "training_step", step)
+    assert command("--resume", "--out", "halved", "--device", "cpu") == 0
+    for file in ("results.json", "grid.png", "training.gif"):
+        assert Path("whole", file).read_bytes() == Path("halved", file).read_bytes()
+    assert without_times("whole") == without_times("halved")
+    whole, halved = (inpaint.read_checkpoint(f"{name}/last.pt", CPU) for name in ("whole", "halved"))
+    for part in ("generator", "ema", "discriminator"):
+        assert all(torch.equal(value, halved[part][name]) for name, value in whole.get(part, {}).items()), part
+
+
+def test_resume_takes_more_epochs_and_keeps_every_frame(tiny_run, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_run, tmp_path / "run")
+    assert command("--resume", "--out", "run", "--epochs", 3, "--device", "cpu") == 0
+    assert [row["epoch"] for row in csv.DictReader(Path("run/log.csv").open())] == ["1", "2", "3"]
+    assert json.loads(Path("run/config.json").read_text())["options"]["epochs"] == 3
+    with Image.open("run/training.gif") as gif:
+        assert gif.n_frames == 4
+
+
+def test_best_is_the_best_hole_and_without_a_distance_the_last_epoch(monkeypatch):
+    values = iter([20.0, 22.0, 21.0] * 2)
+
+    def fixed(painter, pixels, mask):
+        return dict.fromkeys(inpaint.METRICS, 1.0) | {"psnr_hole": next(values), "pictures": 8}
+
+    monkeypatch.setattr(inpaint, "validate", fixed)
+    assert command("--epochs", 3, "--out", "unet", *TINY) == 0
+    assert command("--model", "gan", "--epochs", 3, "--out", "gan", *TINY) == 0
+    assert json.loads(Path("unet/results.json").read_text())["epoch"] == 2
+    assert json.loads(Path("gan/results.json").read_text())["epoch"] == 3
+
+
+def test_a_full_disk_stops_the_run_with_a_line_and_keeps_the_previous_checkpoint(monkeypatch, capsys):
+    save, count = data.save, itertools.count()
+
+    def full(path, content):
+        if Path(path).name == "last.pt" and next(count) == 2:
+            monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        save(path, content)
+
+    monkeypatch.setattr(data, "save", full)
+    assert command("--epochs", 3, "--out", "run", *TINY) == 2
+    assert "No space left" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert inpaint.read_checkpoint("run/last.pt", CPU)["epoch"] == 1
+    assert not [file for file in Path("run").iterdir() if file.suffix == ".tmp"]
+
+
+def test_a_data_set_of_ten_pictures_and_a_batch_larger_than_it_train(tmp_path):
+    write_photos(tmp_path / "ten", 10, 40)
+    assert command("--data", "ten", "--epochs", 1, "--out", "run", *TINY, "--batch", 5000) == 0
+    assert json.loads(Path("run/results.json").read_text())["pictures"] == 2
+
+
+def test_bfloat16_trains_and_its_metrics_are_float32(capsys):
+    assert command("--epochs", 1, "--out", "run", "--precision", "bfloat16", *TINY) == 0
+    assert math.isfinite(json.loads(Path("run/results.json").read_text())["psnr_hole"])
+
+
+# === inpaint.py: comparing ========================================================================
+
+
+def test_compare_fills_the_table_and_goes_on_where_it_was_stopped(monkeypatch, capsys):
+    words = ["--compare", "--epochs", 1, "--width", 4, "--batch", 8, "--res", 32, "--device", "cpu", "--out", "cmp"]
+    monkeypatch.setattr(inpaint, "ROWS", [row for row in inpaint.ROWS if "deeper" not in row[0]])  # 32 px have 5 levels
+    train, started = inpaint.train, []
+
+    def stopped_in_the_third(options, folder, *rest):
+        started.append(folder)
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        return train(options, folder, *rest)
+
+    monkeypatch.setattr(inpaint, "train", stopped_in_the_third)
+    assert command(*words) == 130
+    assert Path("cmp/table.md").read_text().count("U-Net") == 2
+    assert command(*words) == 0
+    assert len(started) == len(set(started)) + 1, "only the third row was started twice"
+    table = list(csv.DictReader(Path("cmp/table.csv").open()))
+    assert [row["network"] for row in table][-4:] == ["white hole", "harmonic diffusion", "mean face", "nearest face"]
+    assert len(table) == 7 + 4 and all(float(row["psnr_hole"]) > 0 for row in table)
+    assert table[0]["paper"] == "6.178" and Path("cmp/comparison.png").exists()
+    capsys.readouterr()
+    assert command(*words[:-1], "cmp", "--epochs", 2) == 2
+    assert "contradicts" in capsys.readouterr().err
+
+
+def test_compare_with_seeds_gives_mean_and_deviation(monkeypatch):
+    monkeypatch.setattr(inpaint, "ROWS", inpaint.ROWS[:1])
+    assert command("--compare", "--epochs", 1, "--seeds", 2, "--width", 4, "--batch", 8, "--res", 32, "--depth", 3) == 2, "depth is set row by row"
+    assert command("--compare", "--epochs", 1, "--seeds", 2, "--width", 4, "--batch", 8, "--res", 32, "--device", "cpu") == 0
+    row = next(csv.DictReader(Path("runs/compare/table.csv").open()))
+    runs = [json.loads(file.read_text())["psnr_hole"] for file in sorted(Path("runs/compare").glob("*/results.json"))]
+    assert row["psnr_hole"] == f"{np.mean(runs):.2f} ± {np.std(runs, ddof=1):.2f}"
+
+
+def test_the_nearest_face_is_found_by_the_known_pixels_alone(faces):
+    pixels, mask = (faces * 255).round().to(torch.uint8), data.center_hole(64, 0.3)
+    image = pixels[[3, 17, 9]].float() / 255
+    changed = image * (1 - mask) + mask * torch.rand_like(image)
+    assert torch.equal(inpaint.nearest_face(changed, mask, pixels, part=7), image)
+
+
+# === inpaint.py: your own photo ===================================================================
+
+
+def test_a_photo_is_restored_with_its_known_pixels_untouched_to_the_bit(tiny_run, tmp_path):
+    face = data.to_picture(data.synthetic_faces(1, 128, 9)[0]).resize((301, 403))
+    face.save(tmp_path / "me.png")
+    assert command("--restore", "me.png", "--checkpoint", tiny_run / "best.pt", "--device", "cpu") == 0
+    before, after = np.asarray(face), np.asarray(Image.open("restored/me-restored.png"))
+    side = round(301 * 10 / 32)
+    top, left = (403 - side) // 2, (301 - side) // 2
+    hole = np.zeros(before.shape[:2], bool)
+    hole[top : top + side, left : left + side] = True
+    assert after.shape == before.shape and (after[~hole] == before[~hole]).all() and (after[hole] != before[hole]).any()
+    assert Path("restored/me-compare.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["1 x 1", "portrait", "landscape", "palette", "16 bit", "cmyk", "EXIF turned", "5000 x 3000"])
+def test_photos_of_any_size_and_kind_are_restored(kind, tiny_run, tmp_path):
+    face = data.to_picture(data.synthetic_faces(1, 128, 9)[0])
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    size = {"1 x 1": (1, 1), "portrait": (97, 201), "landscape": (333, 100), "5000 x 3000": (5000, 3000)}.get(kind, (90, 120))
+    face = face.resize(size)
+    name = {"cmyk": "p.jpg", "palette": "p.gif", "EXIF turned": "p.jpg"}.get(kind, "p.png")
+    stored = {"palette": face.convert("P"), "cmyk": face.convert("CMYK")}.get(kind, face)
+    stored = Image.fromarray(np.asarray(face.convert("L")).astype(np.uint16) * 257) if kind == "16 bit" else stored
+    stored.save(tmp_path / name, **({"exif": exif} if kind == "EXIF turned" else {}))
+    assert command("--restore", name, "--checkpoint", tiny_run / "best.pt", "--device", "cpu") == 0
+    upright = np.asarray(data.open_photo(tmp_path / name))
+    restored = np.asarray(Image.open("restored/p-restored.png"))
+    assert restored.shape == upright.shape == (size[::-1] if kind != "EXIF turned" else size) + (3,)
+    same = (restored == upright).all(2).mean()
+    assert kind == "1 x 1" or same > 0.88
+
+
+def save_mask(path, size, box, grey=255):
+    mask = Image.new("L", size, 0)
+    mask.paste(grey, box)
+    mask.save(path)
+
+
+@pytest.mark.parametrize("box", [(60, 90, 130, 170), (0, 0, 50, 60), (150, 200, 200, 300), (20, 140, 190, 160)], ids=["inside", "corner", "border", "wide"])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_mask_says_what_is_missing_wherever_it_is_and_leaves_no_seam(box, scale, tiny_run, tmp_path):
+    face = data.to_picture(data.synthetic_faces(1, 256, 12)[0]).resize((200, 300))
+    face.save(tmp_path / "f.png")
+    save_mask(tmp_path / "m.png", (200 // scale, 300 // scale), tuple(v // scale for v in box))
+    assert command("--restore", "f.png", "--mask", "m.png", "--checkpoint", tiny_run / "best.pt", "--device", "cpu") == 0
+    before, after = (np.asarray(image).astype(float) for image in (face, Image.open("restored/f-restored.png")))
+    hole = np.zeros((300, 200), bool)
+    hole[box[1] : box[3], box[0] : box[2]] = True
+    assert (before[~hole] == after[~hole]).all()
+    across, along = [], []
+    for axis in (0, 1):
+        step = np.abs(np.diff(after, axis=axis)).mean(2)
+        a, b = (hole[1:], hole[:-1]) if axis == 0 else (hole[:, 1:], hole[:, :-1])
+        across.append(step[a ^ b])
+        along.append(step[~a & ~b])
+    assert np.concatenate(across).mean() <= 1.5 * np.concatenate(along).mean()
+
+
+def test_nothing_is_overwritten_names_are_numbered(tiny_run, tmp_path):
+    write_photos(tmp_path / "in", 1)
+    for _ in range(3):
+        assert command("--restore", "in", "--checkpoint", tiny_run / "best.pt", "--device", "cpu") == 0
+    names = {file.name for file in Path("restored").iterdir()}
+    assert names == {f"000{n}-{kind}.png" for n in ("", "-2", "-3") for kind in ("restored", "compare")}
+
+
+def test_of_ten_photos_one_broken_nine_are_restored_and_the_tenth_is_named(tiny_run, tmp_path, capsys):
+    write_photos(tmp_path / "in", 10)
+    (tmp_path / "in" / "004.jpg").write_bytes(b"broken")
+    assert command("--restore", "in", "--checkpoint", tiny_run / "best.pt", "--device", "cpu") == 2
+    assert len(list(Path("restored").glob("*-restored.png"))) == 9
+    assert "9 of 10" in (told := capsys.readouterr().err) and "004.jpg" in told
+
+
+# === inpaint.py: several processes ================================================================
+
+
+def two_processes(rank, folder, model, loss):
+    """One of two gloo processes: the gradients of one step on its half, then a small run; saved for the test."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    data.SYNTHETIC = 40
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    image, mask = small_batch(16)
+    half = slice(8 * rank, 8 * rank + 8)
+    run = inpaint.build(options_for(model, loss=loss, lr=0.0), CPU)
+    inpaint.training_step(run, image[half], mask[half])
+    gradients = [weight.grad.clone() for net in (run.generator, run.discriminator) if net for weight in net.parameters()]
+    run = inpaint.build(options_for(model, loss=loss), CPU)
+    for _ in range(5):
+        inpaint.training_step(run, image[half], mask[half])
+    inpaint.average_buffers(run.ema)
+    states = [net.state_dict() for net in (run.generator, run.discriminator) if net]
+    weights = [value for state in states for name, value in state.items() if "running" not in name] + list(run.ema.state_dict().values())
+    torch.save((gradients, weights), f"{folder}/{rank}.pt")
+    inpaint.train(options_for(model, loss=loss, epochs=2), Path("run"), False, CPU)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("model, loss", [("unet", "l1+dssim"), ("gan", "100*l1+adversarial")])
+def test_two_processes_average_their_gradients_and_stay_equal(model, loss, tmp_path):
+    torch.multiprocessing.spawn(two_processes, (str(tmp_path), model, loss), nprocs=2)
+    (gradients, weights), (gradients2, weights2) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    image, mask = small_batch(16)
+    halves = []
+    for half in (slice(0, 8), slice(8, 16)):
+        run = inpaint.build(options_for(model, loss=loss, lr=0.0), CPU)
+        inpaint.training_step(run, image[half], mask[half])
+        halves.append([weight.grad for net in (run.generator, run.discriminator) if net for weight in net.parameters()])
+    for found, found2, one, two in zip(gradients, gradients2, *halves):
+        assert torch.equal(found, found2) and torch.allclose(found, (one + two) / 2, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(weights, weights2))
+    assert json.loads(Path("run/results.json").read_text())["epoch"] == 2
+    assert json.loads(Path("run/config.json").read_text())["processes"] == 2
