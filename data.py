@@ -322,8 +322,13 @@ def split(images: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tenso
 
     By order and not at random: CelebA's official partition runs by number too and keeps people apart.
     """
-    cut = len(images) - round(len(images) * share)
+    cut = len(images) - validation_count(len(images), share)
     return images[:cut], images[cut:]
+
+
+def validation_count(count: int, share: float) -> int:
+    """How many of `count` pictures validate."""
+    return round(count * share)
 
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -555,7 +560,7 @@ def save(path: str | Path, data: bytes) -> None:
 def png(picture: Image.Image) -> bytes:
     """A picture as the bytes of a PNG file."""
     stream = io.BytesIO()
-    picture.save(stream, "PNG", optimize=True)
+    picture.save(stream, "PNG")
     return stream.getvalue()
 
 

@@ -41,12 +41,12 @@ from data import InputError
 
 # The paper's two networks. Only defaults: what trains is decided by the terms of --loss.
 DEFAULTS = {
-    "unet": {"res": 128, "loss": "l1", "depth": 5, "batch": 32},
-    "gan": {"res": 64, "loss": "adversarial", "depth": 4, "batch": 64},
+    "unet": {"res": 128, "loss": "l1", "depth": 5, "width": 24, "batch": 32},
+    "gan": {"res": 64, "loss": "adversarial", "depth": 4, "width": 16, "batch": 64},
 }
 COMMON = {
     "act": "relu", "hole_weight": 10.0, "data": "synthetic", "hole": 0.3, "hole_at": "center", "val": 0.2,
-    "epochs": 20, "width": 32, "seed": 0, "precision": "auto",
+    "epochs": 20, "seed": 0, "precision": "auto",
 }  # fmt: skip
 
 
@@ -99,12 +99,12 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--compare", action="store_true", help="train all rows of the paper's table 1, and more")
     job.add_argument("--seeds", type=number(int, 1, 100, "a whole number from 1 to 100"), metavar="K", help="with --compare: train each row K times; default 1")
     what = p.add_argument_group("what to train")
-    what.add_argument("--model", choices=DEFAULTS, help="the paper's network: sets the defaults of --res, --loss, --depth and --batch; default unet")
+    what.add_argument("--model", choices=DEFAULTS, help="the paper's network: sets the defaults of --res, --loss, --depth, --width and --batch; default unet")
     what.add_argument("--act", choices=models.ACTIVATIONS, help="activation function; default relu")
     what.add_argument("--loss", type=loss_terms, metavar="TERMS", help="a sum of l1, mse, dssim, adversarial, as in 100*l1+adversarial; any with adversarial has a discriminator; default l1 (unet) or adversarial (gan)")
     what.add_argument("--hole-weight", type=number(float, 1e-3, 1e6, "a number above 0"), metavar="X", help="l1 and mse count pixels in the hole X times (the paper: 1); default 10")
     what.add_argument("--depth", type=number(int, 1, 9, "a whole number from 1 to 9"), metavar="N", help="levels of the U-Net; one more sees further; default 5 (unet) or 4 (gan)")
-    what.add_argument("--width", type=number(int, 1, 1024, "a whole number from 1 to 1024"), metavar="N", help="channels of the first level; raise to 64 for 200,000 pictures and a GPU; default 32")
+    what.add_argument("--width", type=number(int, 1, 1024, "a whole number from 1 to 1024"), metavar="N", help="channels of the first level; raise to 64 for 200,000 pictures and a GPU; default 24 (unet) or 16 (gan)")
     d = p.add_argument_group("data")
     d.add_argument("--data", metavar="PATH", help="a folder of pictures or a .zip, such as CelebA's; default: 5,000 faces that are drawn")
     d.add_argument("--res", type=resolution, metavar="N", help="side in pixels: 32, 64, 128, 256 or 512; default 128 (unet) or 64 (gan)")
@@ -555,16 +555,23 @@ def load_pixels(options: dict) -> torch.Tensor:
     return first_process_first(lambda: data.load_images(options["data"], options["res"]))
 
 
-def split_pixels(options: dict, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(training part, validation part), of which neither may be empty."""
-    training, validation = data.split(pixels, options["val"])
-    need = 2 * rank_and_world()[1]
-    if len(training) < need or not len(validation):
+def load_split(options: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """(training part, validation part) of --data; what is too little is refused before and after broken ones are left out."""
+    if options["data"] != "synthetic":
+        check_split(options, len(data.list_pictures(Path(options["data"]))))
+    pixels = load_pixels(options)
+    check_split(options, len(pixels))
+    return data.split(pixels, options["val"])
+
+
+def check_split(options: dict, count: int) -> None:
+    """InputError if `count` pictures leave too few to train on (two for each process) or none to validate."""
+    validating, need = data.validation_count(count, options["val"]), 2 * rank_and_world()[1]
+    if count - validating < need or not validating:
         raise InputError(
-            f"--val {options['val']} of the {len(pixels)} pictures in --data {options['data']} leaves {len(training)} to train on and"
-            f" {len(validation)} to validate: it takes at least {need} and 1"
+            f"--val {options['val']} of the {count} pictures in --data {options['data']} leaves {count - validating} to train on"
+            f" and {validating} to validate: it takes at least {need} and 1"
         )
-    return training, validation
 
 
 def draw_epoch(options: dict, epoch: int, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -650,7 +657,7 @@ def train(options: dict, folder: Path, resume: bool, device: torch.device, compi
         folder.mkdir(parents=True, exist_ok=True)
         data.save(folder / "config.json", to_json(describe(run)))
     try:
-        training, validation = split_pixels(options, load_pixels(options))
+        training, validation = load_split(options)
     except InputError:
         if rank == 0 and not resume:  # a mistake leaves nothing behind
             (folder / "config.json").unlink()
@@ -702,8 +709,7 @@ def evaluate(args: argparse.Namespace) -> None:
     check_options(run.options | {"val": 0.5})
     if args.json:
         check_writable(Path(args.json).parent)
-    pixels = load_pixels(run.options)
-    pixels = pixels if run.options["val"] == 1 else split_pixels(run.options, pixels)[1]
+    pixels = load_pixels(run.options) if run.options["val"] == 1 else load_split(run.options)[1]
     mask = data.center_hole(run.options["res"], run.options["hole"]).to(run.device)
     result = validate(lambda image: paint(run, image, mask), pixels, mask) | {"epoch": run.epoch}
     print("\n".join(f"{name:<14}{value:.4f}" if isinstance(value, float) else f"{name:<14}{value}" for name, value in result.items()))
@@ -772,7 +778,7 @@ def compare(args: argparse.Namespace) -> None:
             write_table(out, table)
             say_row(row)
             run = load_painter(folder / "best.pt", device)
-            training, validation = split_pixels(options, load_pixels(options))
+            training, validation = load_split(options)
             mask = data.center_hole(options["res"], options["hole"]).to(device)
             image = validation[:6].to(device).float() / 255
             label = f"{row['network']}\n{row['loss'].replace('+', ' + ')}\n{row['act']}"

@@ -9,18 +9,17 @@ Tests that use CelebA look for it at ../shared/celeba and skip without it.
 """
 
 import csv
-import io
 import itertools
 import json
 import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -85,6 +84,11 @@ def command(*argv):
     except SystemExit as end:
         return end.code or 0
     return 0
+
+
+def read_csv(path):
+    """The rows of a table as dictionaries."""
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
 
 
 def options_for(model="unet", **changed):
@@ -480,7 +484,8 @@ def ssim_pairs():
 def test_ssim_is_the_definition_window_by_window(name):
     x, y = ssim_pairs()[name]
     expected = naive_ssim(x, y)
-    assert abs(losses.ssim(x[None], y[None]).item() - expected) < 2e-6
+    tolerance = 2e-5 if "halves" in name else 2e-6  # float32 itself, where a flat part is far from the picture's mean
+    assert abs(losses.ssim(x[None], y[None]).item() - expected) < tolerance
     x64, y64 = x[None].double(), y[None].double()
     assert abs(losses.ssim(x64, y64).item() - naive_ssim(x64[0], y64[0])) < 1e-12
 
@@ -719,7 +724,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(monkey
 def test_a_run_folder_holds_all_that_is_promised(tiny_run):
     names = {file.name for file in tiny_run.iterdir()}
     assert names == {"config.json", "log.csv", "last.pt", "best.pt", "grid.png", "curves.png", "results.json", "frames", "training.gif"}
-    rows = list(csv.DictReader((tiny_run / "log.csv").open()))
+    rows = read_csv(tiny_run / "log.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"] and rows[-1]["step"] == "8"
     assert {"seconds", "images_per_second", "l1", *inpaint.METRICS} <= set(rows[0])
     assert set(json.loads((tiny_run / "results.json").read_text())) == {*inpaint.METRICS, "epoch", "pictures"}
@@ -760,8 +765,7 @@ def test_the_same_command_and_seed_gives_the_same_bytes():
 
 
 def without_times(folder):
-    rows = list(csv.DictReader(Path(folder, "log.csv").open()))
-    return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_second")} for row in rows]
+    return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_second")} for row in read_csv(Path(folder, "log.csv"))]
 
 
 @pytest.mark.parametrize("model, loss", [("unet", "l1"), ("gan", "100*l1+adversarial")])
@@ -789,11 +793,9 @@ def test_a_run_that_was_stopped_and_resumed_ends_bit_for_bit_like_one_that_was_n
 
 
 def test_resume_takes_more_epochs_and_keeps_every_frame(tiny_run, tmp_path):
-    import shutil
-
     shutil.copytree(tiny_run, tmp_path / "run")
     assert command("--resume", "--out", "run", "--epochs", 3, "--device", "cpu") == 0
-    assert [row["epoch"] for row in csv.DictReader(Path("run/log.csv").open())] == ["1", "2", "3"]
+    assert [row["epoch"] for row in read_csv("run/log.csv")] == ["1", "2", "3"]
     assert json.loads(Path("run/config.json").read_text())["options"]["epochs"] == 3
     with Image.open("run/training.gif") as gif:
         assert gif.n_frames == 4
@@ -857,7 +859,7 @@ def test_compare_fills_the_table_and_goes_on_where_it_was_stopped(monkeypatch, c
     assert Path("cmp/table.md").read_text().count("U-Net") == 2
     assert command(*words) == 0
     assert len(started) == len(set(started)) + 1, "only the third row was started twice"
-    table = list(csv.DictReader(Path("cmp/table.csv").open()))
+    table = read_csv("cmp/table.csv")
     assert [row["network"] for row in table][-4:] == ["white hole", "harmonic diffusion", "mean face", "nearest face"]
     assert len(table) == 7 + 4 and all(float(row["psnr_hole"]) > 0 for row in table)
     assert table[0]["paper"] == "6.178" and Path("cmp/comparison.png").exists()
@@ -870,7 +872,7 @@ def test_compare_with_seeds_gives_mean_and_deviation(monkeypatch):
     monkeypatch.setattr(inpaint, "ROWS", inpaint.ROWS[:1])
     assert command("--compare", "--epochs", 1, "--seeds", 2, "--width", 4, "--batch", 8, "--res", 32, "--depth", 3) == 2, "depth is set row by row"
     assert command("--compare", "--epochs", 1, "--seeds", 2, "--width", 4, "--batch", 8, "--res", 32, "--device", "cpu") == 0
-    row = next(csv.DictReader(Path("runs/compare/table.csv").open()))
+    row = read_csv("runs/compare/table.csv")[0]
     runs = [json.loads(file.read_text())["psnr_hole"] for file in sorted(Path("runs/compare").glob("*/results.json"))]
     assert row["psnr_hole"] == f"{np.mean(runs):.2f} ± {np.std(runs, ddof=1):.2f}"
 
@@ -923,24 +925,36 @@ def save_mask(path, size, box, grey=255):
     mask.save(path)
 
 
-@pytest.mark.parametrize("box", [(60, 90, 130, 170), (0, 0, 50, 60), (150, 200, 200, 300), (20, 140, 190, 160)], ids=["inside", "corner", "border", "wide"])
+HOLES = {"inside": (60, 90, 130, 170), "corner": (0, 0, 50, 60), "border": (150, 200, 200, 300), "wide": (20, 140, 190, 160)}
+
+
+def step_ratio(picture, hole):
+    """The mean step across the rim of a hole over the mean step between known neighbours beside the rim (4 pixels)."""
+    near = F.max_pool2d(torch.from_numpy(hole)[None, None].float(), 9, 1, 4)[0, 0].numpy() > 0
+    across, beside = [], []
+    for flip in (False, True):
+        image, inside, close = (a.swapaxes(0, 1) if flip else a for a in (picture.astype(float), hole, near))
+        step = np.abs(np.diff(image, axis=0)).mean(2)
+        across.append(step[inside[1:] ^ inside[:-1]])
+        beside.append(step[~inside[1:] & ~inside[:-1] & close[1:] & close[:-1]])
+    return np.concatenate(across), np.concatenate(beside)
+
+
 @pytest.mark.parametrize("scale", [1, 2])
-def test_a_mask_says_what_is_missing_wherever_it_is_and_leaves_no_seam(box, scale, tiny_run, tmp_path):
-    face = data.to_picture(data.synthetic_faces(1, 256, 12)[0]).resize((200, 300))
-    face.save(tmp_path / "f.png")
-    save_mask(tmp_path / "m.png", (200 // scale, 300 // scale), tuple(v // scale for v in box))
-    assert command("--restore", "f.png", "--mask", "m.png", "--checkpoint", tiny_run / "best.pt", "--device", "cpu") == 0
-    before, after = (np.asarray(image).astype(float) for image in (face, Image.open("restored/f-restored.png")))
-    hole = np.zeros((300, 200), bool)
-    hole[box[1] : box[3], box[0] : box[2]] = True
-    assert (before[~hole] == after[~hole]).all()
-    across, along = [], []
-    for axis in (0, 1):
-        step = np.abs(np.diff(after, axis=axis)).mean(2)
-        a, b = (hole[1:], hole[:-1]) if axis == 0 else (hole[:, 1:], hole[:, :-1])
-        across.append(step[a ^ b])
-        along.append(step[~a & ~b])
-    assert np.concatenate(across).mean() <= 1.5 * np.concatenate(along).mean()
+def test_a_mask_says_what_is_missing_wherever_it_is_and_leaves_no_seam(scale, tiny_run, tmp_path):
+    across, beside = [], []
+    for n, box in enumerate(HOLES.values()):
+        face = data.to_picture(data.synthetic_faces(8, 256, 12)[n]).resize((200, 300))
+        face.save(tmp_path / f"{n}.png")
+        save_mask(tmp_path / "m.png", (200 // scale, 300 // scale), tuple(v // scale for v in box))
+        assert command("--restore", f"{n}.png", "--mask", "m.png", "--checkpoint", tiny_run / "best.pt", "--device", "cpu") == 0
+        before, after = np.asarray(face), np.asarray(Image.open(f"restored/{n}-restored.png"))
+        hole = np.zeros((300, 200), bool)
+        hole[box[1] : box[3], box[0] : box[2]] = True
+        assert (before[~hole] == after[~hole]).all() and (before[hole] != after[hole]).any()
+        for steps, found in zip((across, beside), step_ratio(after, hole)):
+            steps.append(found)
+    assert np.concatenate(across).mean() <= 1.5 * np.concatenate(beside).mean()
 
 
 def test_nothing_is_overwritten_names_are_numbered(tiny_run, tmp_path):
@@ -999,3 +1013,332 @@ def test_two_processes_average_their_gradients_and_stay_equal(model, loss, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(weights, weights2))
     assert json.loads(Path("run/results.json").read_text())["epoch"] == 2
     assert json.loads(Path("run/config.json").read_text())["processes"] == 2
+
+
+# === Nothing breaks it: what must be refused ======================================================
+
+
+def zip_of(path, names, content=None):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, content or png_bytes())
+    return path
+
+
+def png_bytes(size=(20, 20)):
+    return data.png(Image.new("RGB", size, "red"))
+
+
+def with_password(path):
+    """A zip whose members say that they are encrypted."""
+    raw = bytearray(zip_of(path, ["a.png", "b.png"]).read_bytes())
+    for start, flag in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = -1
+        while (at := raw.find(start, at + 1)) >= 0:
+            raw[at + flag] |= 1
+    path.write_bytes(raw)
+
+
+def bomb(path):
+    """A PNG of a few bytes that says it is 30000 x 30000."""
+    raw = bytearray(png_bytes())
+    raw[16:24] = (30000).to_bytes(4, "big") * 2
+    raw[29:33] = zipfile.crc32(bytes(raw[12:29])).to_bytes(4, "big")
+    path.write_bytes(raw)
+
+
+class Evil:
+    """A pickle of this would make a folder when it is read."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("ran",))
+
+
+@pytest.fixture
+def traps(tmp_path, tiny_run):
+    """Every wrong input that the table below names, in the working directory."""
+    write_photos(tmp_path / "good", 4, 40)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("no picture")
+    write_photos(tmp_path / "one", 1, 40)
+    (tmp_path / "broken").mkdir()
+    for n in range(3):
+        (tmp_path / "broken" / f"{n}.jpg").write_bytes(b"broken")
+    (tmp_path / "bombs").mkdir()
+    for n in "abc":
+        bomb(tmp_path / "bombs" / f"{n}.png")
+    (tmp_path / "no.zip").write_bytes(b"no zip")
+    whole = zip_of(tmp_path / "whole.zip", [f"{n}.png" for n in range(9)]).read_bytes()
+    (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
+    zip_of(tmp_path / "empty.zip", [])
+    with_password(tmp_path / "locked.zip")
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    best = (tiny_run / "best.pt").read_bytes()
+    (tmp_path / "best.pt").write_bytes(best)
+    (tmp_path / "cut.pt").write_bytes(best[: len(best) // 2])
+    torch.save({"weights": torch.rand(3)}, tmp_path / "other.pt")
+    torch.save([1, 2, 3], tmp_path / "list.pt")
+    state = torch.load(tmp_path / "best.pt")
+    torch.save(state | {"version": 99}, tmp_path / "version.pt")
+    torch.save(state | {"options": state["options"] | {"res": 33}}, tmp_path / "options.pt")
+    torch.save(state | {"options": state["options"] | {"width": 5}}, tmp_path / "width.pt")
+    torch.save(state | {"kind": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Evil()))
+    shutil.copytree(tiny_run, tmp_path / "run")
+    Image.new("L", (40, 40), 0).save(tmp_path / "black.png")
+    Image.new("L", (40, 40), 255).save(tmp_path / "white.png")
+    save_mask(tmp_path / "wide.png", (80, 40), (10, 10, 20, 20))
+    save_mask(tmp_path / "mask.png", (40, 40), (10, 10, 20, 20))
+    return tmp_path
+
+
+PHOTO = "--restore good/000.jpg --checkpoint best.pt"
+REFUSED = {
+    "data that does not exist": ("--data nowhere", "does not exist"),
+    "data that is empty": ("--data empty", "holds no picture"),
+    "data without a picture": ("--data text", "holds no picture"),
+    "data with one picture": ("--data one", "leaves 1 to train on"),
+    "data that is no zip": ("--data no.zip", "no zip"),
+    "data that is a cut zip": ("--data cut.zip", "no zip"),
+    "data that is an empty zip": ("--data empty.zip", "holds no picture"),
+    "data that is a zip with a password": ("--data locked.zip", "password"),
+    "data of broken pictures": ("--data broken", "3 of 3 pictures are broken"),
+    "data that is a decompression bomb": ("--data bombs", "decompression bomb"),
+    "res 0": ("--res 0", "--res"),
+    "res -64": ("--res=-64", "--res"),
+    "res 7": ("--res 7", "--res"),
+    "res 63": ("--res 63", "--res"),
+    "res 1024": ("--res 1024", "--res"),
+    "res 64.5": ("--res 64.5", "--res"),
+    "hole 0": ("--hole 0", "--hole"),
+    "hole 1": ("--hole 1", "--hole"),
+    "hole -0.1": ("--hole=-0.1", "--hole"),
+    "hole nan": ("--hole nan", "--hole"),
+    "a hole without a pixel": ("--hole 0.001", "0 pixels wide"),
+    "a hole without a rest": ("--hole 0.999", "32 pixels wide"),
+    "val 0": ("--val 0", "--val"),
+    "val 1.5": ("--val 1.5", "--val"),
+    "val 1 in training": ("--val 1", "--evaluate only"),
+    "a validation part that is empty": ("--data good --val 0.01", "leaves 4 to train on and 0 to validate"),
+    "a training part that is empty": ("--data good --val 0.99", "leaves 0 to train on"),
+    "epochs 0": ("--epochs 0", "--epochs"),
+    "epochs -1": ("--epochs=-1", "--epochs"),
+    "batch 0": ("--batch 0", "--batch"),
+    "batch -8": ("--batch=-8", "--batch"),
+    "batch 1.5": ("--batch 1.5", "--batch"),
+    "width 0": ("--width 0", "--width"),
+    "width -4": ("--width=-4", "--width"),
+    "depth 0": ("--depth 0", "--depth"),
+    "depth -1": ("--depth=-1", "--depth"),
+    "a depth that halves below one pixel": ("--depth 6", "--depth 6 halves --res 32"),
+    "lr 0": ("--lr 0", "--lr"),
+    "lr negative": ("--lr=-0.1", "--lr"),
+    "lr nan": ("--lr nan", "--lr"),
+    "lr inf": ("--lr inf", "--lr"),
+    "hole weight 0": ("--hole-weight 0", "--hole-weight"),
+    "seed -1": ("--seed=-1", "--seed"),
+    "an unknown device": ("--device tpu", "--device"),
+    "cuda where there is none": ("--device cuda", "has none"),
+    "an unknown loss": ("--loss l3", "unknown"),
+    "a loss given twice": ("--loss l1+l1", "given twice"),
+    "a loss of weight 0": ("--loss 0*l1", "weight"),
+    "an unknown activation": ("--act gelu", "--act"),
+    "an unknown model": ("--model vae", "--model"),
+    "an unknown option": ("--colour red", "--colour"),
+    "out that is a file": ("--out file", "--out"),
+    "out below a file": ("--out file/run", "no folder that can be written to"),
+    "out that holds a run": ("--out run", "--resume"),
+    "resume without a run": ("--resume --out empty", "no run"),
+    "resume of nothing": ("--resume", "no run"),
+    "resume of another model": ("--resume --out run --model gan", "--model gan contradicts --model unet"),
+    "resume with another loss": ("--resume --out run --loss mse", "--loss mse contradicts --loss l1"),
+    "resume with fewer epochs": ("--resume --out run --epochs 1", "--epochs 1 contradicts --epochs 2"),
+    "resume with another seed": ("--resume --out run --seed 9", "contradicts"),
+    "a checkpoint that is missing": ("--evaluate nothing.pt", "does not exist"),
+    "a checkpoint that is empty": ("--evaluate empty.pt", "no checkpoint"),
+    "a checkpoint that is cut": ("--evaluate cut.pt", "no checkpoint"),
+    "a checkpoint that is text": ("--evaluate file", "no checkpoint"),
+    "a checkpoint of another program": ("--evaluate other.pt", "another program"),
+    "a checkpoint that is a list": ("--evaluate list.pt", "another program"),
+    "a checkpoint of another version": ("--evaluate version.pt", "version 99"),
+    "a checkpoint with impossible options": ("--evaluate options.pt", "damaged"),
+    "a checkpoint whose weights do not fit": ("--evaluate width.pt", "damaged"),
+    "a checkpoint that would run code": ("--evaluate evil.pt", "no checkpoint"),
+    "a pickle that would run code": ("--evaluate pickle.pt", "no checkpoint"),
+    "a checkpoint that is a folder": ("--evaluate run", "no checkpoint"),
+    "restore without a checkpoint": ("--restore good/000.jpg", "needs --checkpoint"),
+    "a photo that does not exist": ("--restore nobody.jpg --checkpoint best.pt", "nobody.jpg"),
+    "a photo that is text": ("--restore file --checkpoint best.pt", "file"),
+    "a photo that is a bomb": ("--restore bombs/b.png --checkpoint best.pt", "decompression bomb"),
+    "a folder without photos": ("--restore text --checkpoint best.pt", "holds no picture"),
+    "a mask that is black": (f"{PHOTO} --mask black.png", "all black"),
+    "a mask that is white": (f"{PHOTO} --mask white.png", "all white"),
+    "a mask of other proportions": (f"{PHOTO} --mask wide.png", "proportions"),
+    "a mask that is no picture": (f"{PHOTO} --mask file", "--mask file"),
+    "a mask that does not exist": (f"{PHOTO} --mask nowhere.png", "nowhere.png"),
+    "restored photos into a file": (f"{PHOTO} --out file", "--out"),
+    "compare with a model": ("--compare --model gan", "--model does not go with --compare"),
+    "seeds 0": ("--compare --seeds 0", "--seeds"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_mistake_is_refused_in_one_clear_line(case, traps, capfd):
+    words, expected = REFUSED[case]
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    before = {path: path.stat().st_mtime_ns for path in traps.rglob("*") if path.is_file()}
+    defaults = [] if {"--evaluate", "--restore", "--resume", "--compare"} & set(words.split()) else ["--res", "32", "--width", "4"]
+    defaults = [word for word in defaults if "--depth" not in words or word != "--depth"]
+    assert command(*defaults, *words.split()) == 2
+    told = capfd.readouterr().err
+    line = told.strip().splitlines()[-1]
+    assert line.startswith("inpaint.py: ") and expected in line and "Traceback" not in told
+    assert not told.startswith("usage") or line.startswith("inpaint.py: error: ")
+    after = {path: path.stat().st_mtime_ns for path in traps.rglob("*") if path.is_file()}
+    assert after == before, "nothing may be written or lost"
+    assert not Path("ran").exists(), "code from a file was run"
+
+
+def test_out_that_cannot_be_written_is_refused(monkeypatch, capsys):
+    Path("locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))  # root may write anywhere
+    assert command("--out", "locked/run", *TINY) == 2
+    assert "no folder that can be written to" in capsys.readouterr().err
+
+
+# === Nothing is lost: kills, two at once, damaged files ===========================================
+
+
+def start(*argv):
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import data, inpaint; data.SYNTHETIC = 40; inpaint.main(sys.argv[1:])"
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def check_whole(folder):
+    if (Path(folder) / "last.pt").exists():
+        inpaint.read_checkpoint(Path(folder) / "last.pt", CPU)
+    for file in Path("cache").glob("*.u8"):
+        count, rest = divmod(file.stat().st_size - 64, 3 * 32 * 32)
+        assert count == 150 and rest == 0
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=slow)])
+def test_a_run_killed_at_random_moments_goes_on_each_time(kills, tmp_path):
+    write_photos(tmp_path / "photos", 150, 200, ".png")
+    words = ["--data", "photos", "--model", "gan", "--epochs", 4, "--out", "run", *TINY]
+    whole = start(*words[:-2], "--device", "cpu", "--out", "whole")
+    assert whole.wait() == 0, whole.stderr.read()
+    shutil.rmtree("cache")
+    chances = random.Random(0)
+    for n in range(kills):
+        resume = ["--resume"] if Path("run/config.json").exists() else []
+        process = start(*words, *resume)
+        began = time.time()
+        while not Path("run").exists() and not list(Path().glob("cache/*")) and process.poll() is None and time.time() - began < 60:
+            time.sleep(0.02)
+        time.sleep(chances.uniform(0, 1.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        check_whole("run")
+    last = start(*words, *(["--resume"] if Path("run/config.json").exists() else []))
+    assert last.wait() == 0, last.stderr.read()
+    for file in ("results.json", "grid.png", "training.gif"):
+        assert Path("run", file).read_bytes() == Path("whole", file).read_bytes()
+    assert without_times("run") == without_times("whole")
+
+
+def test_two_runs_started_together_end_well_with_one_cache_and_two_folders(tmp_path):
+    write_photos(tmp_path / "photos", 60, 64)
+    runs = [start("--data", "photos", "--epochs", 1, "--out", name, *TINY) for name in ("a", "b")]
+    assert [run.wait() for run in runs] == [0, 0], [run.stderr.read() for run in runs]
+    assert Path("a/results.json").read_bytes() == Path("b/results.json").read_bytes()
+    assert [file.suffix for file in Path("cache").iterdir()] == [".u8"]
+
+
+def mutate(content, chances):
+    """Bits flipped, bytes cut out, or a part copied over another."""
+    raw, way = bytearray(content), chances.randrange(3)
+    if way == 0:
+        for _ in range(chances.randint(1, 20)):
+            raw[chances.randrange(len(raw))] ^= 1 << chances.randrange(8)
+    elif way == 1:
+        start = chances.randrange(len(raw))
+        del raw[start : start + chances.randint(1, len(raw))]
+    else:
+        a, b, size = chances.randrange(len(raw)), chances.randrange(len(raw)), chances.randint(1, 200)
+        raw[a : a + size] = raw[b : b + size]
+    return bytes(raw)
+
+
+@pytest.mark.parametrize("count", [52, pytest.param(1000, marks=slow)])
+def test_damaged_files_are_read_or_refused_and_nothing_else(count, tmp_path, tiny_run, capfd):
+    face = data.to_picture(data.synthetic_faces(1, 64, 0)[0])
+    seeds = {"png": data.png(face), "pt": (tiny_run / "best.pt").read_bytes()}
+    face.save(tmp_path / "face.jpg")
+    seeds["jpg"] = (tmp_path / "face.jpg").read_bytes()
+    seeds["zip"] = zip_of(tmp_path / "face.zip", ["a.jpg", "b/c.jpg"], seeds["jpg"]).read_bytes()
+    outcomes = dict.fromkeys(itertools.product(seeds, ("read", "refused")), 0)
+    chances = random.Random(1)
+    for n in range(count):
+        kind = list(seeds)[n % 4]
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        (folder / f"m.{kind}").write_bytes(mutate(seeds[kind], chances))
+        began = time.time()
+        try:
+            if kind == "pt":
+                inpaint.load_painter(folder / "m.pt", CPU)
+            else:
+                data.load_images(folder if kind != "zip" else folder / "m.zip", 32, folder / "cache")
+            outcomes[kind, "read"] += 1
+        except InputError as error:
+            assert str(error)
+            outcomes[kind, "refused"] += 1
+        assert time.time() - began < 5
+        shutil.rmtree(folder)
+    print(outcomes)
+    assert sum(outcomes.values()) == count and all(outcomes[kind, "refused"] for kind in seeds)
+
+
+def test_our_own_code_gives_no_warning(tmp_path):
+    write_photos(tmp_path / "photos", 40, 40)
+    words = [sys.executable, "-W", "error", str(HERE / "inpaint.py")]
+    train = [*words, "--data", "photos", "--epochs", "1", "--out", "run", "--model", "gan", *TINY]
+    for argv in (train, [*words, "--evaluate", "run/best.pt"], [*words, "--restore", "photos", "--checkpoint", "run/best.pt"]):
+        done = subprocess.run(argv, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+# === On real pictures =============================================================================
+
+
+@pytest.fixture(scope="session")
+def celeba(tmp_path_factory):
+    """The shared pictures at 32 px."""
+    return data.load_images(CELEBA, 32, tmp_path_factory.mktemp("cache"))
+
+
+@needs_celeba
+def test_the_shared_pictures_load_whole_and_in_order(celeba):
+    assert celeba.shape == (8000, 3, 32, 32)
+    with zipfile.ZipFile(CELEBA) as archive:
+        last = max(name for name in archive.namelist() if name.endswith(".jpg"))
+        assert np.array_equal(celeba[-1].numpy(), data.decode(archive, last, 32))
+
+
+@needs_celeba
+def test_a_black_picture_scores_the_papers_6_db_on_real_faces(celeba):
+    image = celeba[-2000:].float() / 255
+    assert abs(losses.psnr(torch.zeros_like(image), image).mean() - 6.08) < 0.15
+
+
+@needs_gpu
+def test_a_gpu_trains_resumes_and_agrees_with_the_cpu(capsys):
+    words = ["--epochs", 1, "--precision", "float32", "--out", "gpu", "--device", "cuda", *TINY[:-2]]
+    assert command(*words) == 0 and command("--resume", "--out", "gpu", "--epochs", 2) == 0
+    assert command("--evaluate", "gpu/best.pt", "--device", "cpu", "--json", "cpu.json") == 0
+    cpu, gpu = (json.loads(Path(name).read_text()) for name in ("cpu.json", "gpu/results.json"))
+    assert abs(cpu["psnr_hole"] - gpu["psnr_hole"]) < 0.01
