@@ -236,7 +236,7 @@ def build(options: dict, device: torch.device, compiled: bool = False) -> Run:
     torch.manual_seed(options["seed"])
     terms = losses.parse_loss(options["loss"])
     generator = models.UNet(options["depth"], options["width"], options["act"])
-    discriminator = models.Discriminator(options["res"], options["width"]) if "adversarial" in terms else None
+    discriminator = models.Discriminator(options["res"], 2 * options["width"]) if "adversarial" in terms else None
     for network in (generator, discriminator) if discriminator else ():
         models.dcgan_init(network)
     networks = [net.to(device, memory_format=torch.channels_last) for net in (generator, discriminator) if net]

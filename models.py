@@ -36,23 +36,23 @@ def channels(depth: int, width: int) -> list[int]:
 class UNet(nn.Module):
     """The painter (section 2.2, figure 2; figure 3 with fewer levels), here with depth 5 and width 24 at 64 px:
 
-        damaged + mask (B, 4, 64, 64) ─────────── skip ───────────▶ (B, 12 + 4, 64, 64) ──▶ (B, 3, 64, 64) in [0, 1]
-            ▼ down                                                         ▲ up          3 x 3
-        (B, 24, 32, 32) ───────────────── skip ──────────▶ (B, 24 + 24, 32, 32)
+        damaged + mask (B, 4, 64, 64) ────────────── keep ─────────────▶ + ──▶ sigmoid ──▶ (B, 3, 64, 64)
+            ▼ down                                                       ▲ paint
+        (B, 24, 32, 32) ───────────────── skip ─────────────▶ (B, 24 + 24, 32, 32)
             ▼ down                                                    ▲ up
-        (B, 48, 16, 16) ────────────── skip ────────▶ (B, 48 + 48, 16, 16)
+        (B, 48, 16, 16) ────────────── skip ───────────▶ (B, 48 + 48, 16, 16)
             ▼ down                                               ▲ up
-        (B, 96, 8, 8) ────────── skip ──────────▶ (B, 96 + 96, 8, 8)
+        (B, 96, 8, 8) ────────── skip ─────────────▶ (B, 96 + 96, 8, 8)
             ▼ down                                          ▲ up
-        (B, 192, 4, 4) ────── skip ────────▶ (B, 192 + 192, 4, 4)
+        (B, 192, 4, 4) ────── skip ───────────▶ (B, 192 + 192, 4, 4)
             ▼ down                                     ▲ up
         (B, 384, 2, 2) ────────────────────────────────┘
 
     down = convolution 4 x 4, stride 2, batch norm, activation; up = the same, transposed; where a skip arrives, what came
-    up and what was kept stand side by side. The bottom sees the whole face, the skips keep every detail, and the topmost
-    lets the known pixels through. Two things differ from the paper: the mask is a fourth channel, for a white hole on
-    a white wall could not be told apart otherwise; and the first level and the bottom have no batch norm, which would
-    wash out the colours there and, at 1 x 1, would have too few values for its statistics.
+    up and what was kept stand side by side. The bottom sees the whole face, the skips keep every detail; `keep`, one
+    small convolution, lets the known pixels through to the last layer. Two things differ from the paper: the mask is a
+    fourth channel, for a white hole on a white wall could not be told apart otherwise; and the first level and the
+    bottom have no batch norm, which would wash out the colours there and, at 1 x 1, has too few values to count with.
     """
 
     def __init__(self, depth: int, width: int, act: str):
@@ -61,11 +61,11 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, (fan_in, out) in enumerate(zip([4] + levels, levels)):
             self.down.append(self._step(nn.Conv2d, fan_in, out, act, norm=0 < level < depth - 1))
-        for level in reversed(range(depth)):
+        for level in reversed(range(1, depth)):
             fan_in = levels[level] * (1 if level == depth - 1 else 2)
-            out = levels[level - 1] if level else max(1, width // 2)
-            self.up.append(self._step(nn.ConvTranspose2d, fan_in, out, act))
-        self.paint = nn.Conv2d(max(1, width // 2) + 4, 3, 3, padding=1)
+            self.up.append(self._step(nn.ConvTranspose2d, fan_in, levels[level - 1], act))
+        self.paint = nn.ConvTranspose2d(levels[0] * (1 if depth == 1 else 2), 3, 4, stride=2, padding=1)
+        self.keep = nn.Conv2d(4, 3, 3, padding=1, bias=False)
 
     @staticmethod
     def _step(convolution, fan_in: int, out: int, act: str, norm: bool = True) -> nn.Sequential:
@@ -74,14 +74,15 @@ class UNet(nn.Module):
 
     def forward(self, damaged: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """damaged (B, 3, H, W) and mask (B or 1, 1, H, W) -> the whole picture, float32 (B, 3, H, W) in [0, 1]."""
-        x = torch.cat([damaged, mask.expand(len(damaged), 1, *damaged.shape[2:])], 1)
+        x = seen = torch.cat([damaged, mask.expand(len(damaged), 1, *damaged.shape[2:])], 1)
         skips = []
         for down in self.down:
+            x = down(x)  # level k: (B, width * 2^k, H / 2^(k + 1), W / 2^(k + 1))
             skips.append(x)
-            x = down(x)  # after level k: (B, width * 2^k, H / 2^(k + 1), W / 2^(k + 1))
+        skips.pop()  # the bottom is where we are
         for up in self.up:
             x = torch.cat([up(x), skips.pop()], 1)
-        return torch.sigmoid(self.paint(x).float())
+        return torch.sigmoid((self.paint(x) + self.keep(seen)).float())
 
 
 # --- The discriminator ----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Tests that use CelebA look for it at ../shared/celeba and skip without it.
 """
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -376,13 +377,13 @@ def test_the_unet_paints_a_picture_of_the_same_size_between_0_and_1(res, depth, 
 def test_the_unet_has_the_activation_it_was_asked_for():
     for act, kind, other in (("relu", torch.nn.ReLU, models.Swish), ("swish", models.Swish, torch.nn.ReLU)):
         kinds = [type(layer) for layer in models.UNet(4, 4, act).modules()]
-        assert kinds.count(kind) == 8 and other not in kinds
+        assert kinds.count(kind) == 7 and other not in kinds
 
 
 def test_every_level_of_the_unet_has_a_skip():
     network = models.UNet(5, 8, "relu")
-    assert [step[0].in_channels for step in network.up] == [128, 128, 64, 32, 16]
-    assert [step[0].out_channels for step in network.up] == [64, 32, 16, 8, 4] and network.paint.in_channels == 4 + 4
+    assert [step[0].in_channels for step in network.up] == [128, 128, 64, 32] and network.paint.in_channels == 16
+    assert [step[0].out_channels for step in network.up] == [64, 32, 16, 8] and network.keep.in_channels == 4
 
 
 def test_the_mask_tells_a_white_hole_from_a_white_wall():
@@ -1342,3 +1343,173 @@ def test_a_gpu_trains_resumes_and_agrees_with_the_cpu(capsys):
     assert command("--evaluate", "gpu/best.pt", "--device", "cpu", "--json", "cpu.json") == 0
     cpu, gpu = (json.loads(Path(name).read_text()) for name in ("cpu.json", "gpu/results.json"))
     assert abs(cpu["psnr_hole"] - gpu["psnr_hole"]) < 0.01
+
+
+# === How fast it is: python test_inpaint.py =======================================================
+
+
+def median_ms(functions, rounds):
+    """Milliseconds of each function, the median over rounds in which they take turns, so that drift hits all alike."""
+    times = {name: [] for name in functions}
+    for _ in range(rounds + 1):  # the first round warms up
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            times[name].append(1000 * (time.perf_counter() - began))
+    return {name: float(np.median(values[1:])) for name, values in times.items()}
+
+
+def compare_ssim():
+    """Forward and backward, beside the peers that are installed."""
+    print("\nSSIM, forward and backward       ", "ms, and how many times as fast ours is", sep="")
+    for shape in ((64, 3, 64, 64), (32, 3, 128, 128)):
+        x, y = torch.rand(shape), torch.rand(shape)
+        functions = {"ours": lambda a, y=y: losses.ssim(a, y).mean()}
+        for module in ("pytorch_msssim", "piq"):
+            try:
+                peer = __import__(module)
+                functions[module] = lambda a, y=y, peer=peer: peer.ssim(a, y, data_range=1.0)
+            except ImportError:
+                print(f"  ({module} is not installed)")
+        found = median_ms({name: lambda f=f, x=x: f(x.clone().requires_grad_()).backward() for name, f in functions.items()}, 15)
+        print(f"  {shape!s:<22}", "   ".join(f"{name} {ms:.1f} ({ms / found['ours']:.2f})" for name, ms in found.items()))
+
+
+def plain_decode(file, res):
+    """The loop that everybody writes first."""
+    pixels = []
+    with zipfile.ZipFile(file) as archive:
+        for name in sorted(name for name in archive.namelist() if name.endswith(".jpg")):
+            image = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side)).resize((res, res), Image.Resampling.LANCZOS)
+            pixels.append(np.asarray(image))
+    return np.stack(pixels)
+
+
+def drawn_zip(path, count=4000):
+    """A zip like CelebA's: `count` JPEGs of 178 x 218 pixels."""
+    faces = data.synthetic_faces(200, 178, 0)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(count):
+            stream = io.BytesIO()
+            data.to_picture(F.pad(faces[i % 200][None].float(), (0, 0, 20, 20), mode="replicate")[0].to(torch.uint8)).save(stream, "JPEG", quality=90)
+            archive.writestr(f"{i:06d}.jpg", stream.getvalue())
+    return path
+
+
+def compare_decoding(folder):
+    """Reading a data set for the first time."""
+    print("\ndecoding to 64 px                pictures/s, and how many times as fast ours is")
+    zips = {"drawn JPEGs, 178 x 218": drawn_zip(folder / "drawn.zip")} | ({"CelebA, 89 x 109": CELEBA} if CELEBA.exists() else {})
+    for name, file in zips.items():
+        count = len(data.list_pictures(file))
+
+        def ours(file=file):
+            shutil.rmtree("cache", ignore_errors=True)
+            data.load_images(file, 64)
+
+        found = median_ms({"plain loop": lambda file=file: plain_decode(file, 64), "load_images": ours}, 3)
+        rates = {way: 1000 * count / ms for way, ms in found.items()}
+        print(f"  {name:<30} plain loop {rates['plain loop']:.0f}   load_images {rates['load_images']:.0f} ({rates['load_images'] / rates['plain loop']:.2f})")
+
+
+class DecodeEachTime(torch.utils.data.Dataset):
+    """What a learner would write: a JPEG is decoded each time it is asked for."""
+
+    def __init__(self, file, res):
+        self.file, self.res, self.archive = file, res, None
+        self.names = [name for name, *_ in data.list_pictures(file)]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        self.archive = self.archive or zipfile.ZipFile(self.file)
+        image = data.central_square(Image.open(io.BytesIO(self.archive.read(self.names[i]))).convert("RGB"), self.res)
+        image = torch.from_numpy(np.asarray(image).astype(np.float32) / 255).permute(2, 0, 1)
+        return image.flip(2) if torch.rand(()) < 0.5 else image
+
+
+def bench_run(model, device, **changed):
+    """A run with the defaults of a model at 64 px."""
+    args = inpaint.parser().parse_args(["--model", model, "--res", "64", "--act", "swish"])
+    return inpaint.build(inpaint.training_options(args) | changed, device)
+
+
+def finish(device):
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def compare_training(folder, device, steps=24):
+    """Images/s: the bare step on one constant batch, the training loop, and the way a learner would write it."""
+    print(f"\ntraining at 64 px on {device.type}       images/s, median of turns")
+    file = CELEBA if CELEBA.exists() else drawn_zip(folder / "learner.zip", 2000)
+    pixels = data.load_images(file, 64)
+    for model in ("unet", "gan"):
+        run, in_float32 = bench_run(model, device), bench_run(model, device, precision="float32")
+        batch = run.options["batch"]
+        training = data.settle(pixels[: steps * batch].clone(), device)
+        image = training[:batch].to(device).float().contiguous(memory_format=torch.channels_last) / 255
+        mask = data.center_hole(64, 0.3).expand(batch, 1, 64, 64).to(device)
+        naive = bench_run(model, device, precision="float32")
+        for network in (naive.generator, naive.discriminator):
+            network.to(memory_format=torch.contiguous_format) if network else None
+        loader = torch.utils.data.DataLoader(DecodeEachTime(file, 64), batch, shuffle=True, num_workers=2, drop_last=True)
+
+        def bare(run=run, image=image, mask=mask):
+            for _ in range(steps):
+                inpaint.training_step(run, image, mask)
+            finish(device)
+
+        def loop(run=run, training=training, batch=batch):
+            inpaint.train_epoch(run, training, batch, 10**9)
+
+        def learner(naive=naive, loader=loader, mask=mask):
+            for image in itertools.islice(loader, steps):
+                inpaint.training_step(naive, image.to(device), mask)
+            finish(device)
+
+        ways = {"bare step": bare, "our loop": loop, "our loop, float32": lambda r=in_float32, t=training, b=batch: loop(r, t, b), "DataLoader, float32": learner}
+        found = {name: 1000 * steps * batch / ms for name, ms in median_ms(ways, 5).items()}
+        print(f"  {model:<6}", "   ".join(f"{name} {rate:.0f}" for name, rate in found.items()))
+        print(f"         the loop reaches {found['our loop'] / found['bare step']:.1%} of the bare step, {found['our loop'] / found['DataLoader, float32']:.2f} times the DataLoader")
+
+
+def compare_sizes(device, steps=3):
+    """How the U-Net's cost grows."""
+    print("\nU-Net, one step of 16 pictures      ms a picture")
+    for name, changes in {"resolution": [{"res": r, "width": 24} for r in (64, 128, 256)], "width": [{"res": 64, "width": w} for w in (12, 24, 48)]}.items():
+        cells = []
+        for change in changes:
+            run, res = bench_run("unet", device, **change), change["res"]
+            image = torch.rand(16, 3, res, res, device=device).contiguous(memory_format=torch.channels_last)
+            mask = data.center_hole(res, 0.3).to(device)
+            ms = median_ms({"step": lambda run=run, image=image, mask=mask: (inpaint.training_step(run, image, mask), finish(device))}, steps)["step"]
+            cells.append(f"{change[name if name == 'width' else 'res']}: {ms / 16:.1f}")
+        print(f"  by {name:<12}", "   ".join(cells))
+
+
+def benchmark():
+    """All that this project measures of its own speed, as tables."""
+    import platform
+    import tempfile
+
+    device = inpaint.choose_device("auto")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    print(f"{name}, {os.cpu_count()} cores, bfloat16 {'fast' if inpaint.fast_bfloat16(device) else 'not fast'}; Python {platform.python_version()},"
+          f" torch {torch.__version__}, numpy {np.__version__}, Pillow {Image.__version__}")  # fmt: skip
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.chdir(folder)
+        compare_ssim()
+        compare_decoding(Path(folder))
+        compare_training(Path(folder), device)
+        compare_sizes(device)
+        os.chdir(HERE)
+
+
+if __name__ == "__main__":
+    benchmark()
