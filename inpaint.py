@@ -41,12 +41,12 @@ from data import InputError
 
 # The paper's two networks. Only defaults: what trains is decided by the terms of --loss.
 DEFAULTS = {
-    "unet": {"res": 128, "loss": "l1", "depth": 5, "width": 24, "batch": 32},
-    "gan": {"res": 64, "loss": "adversarial", "depth": 4, "width": 16, "batch": 64},
+    "unet": {"res": 128, "loss": "l1", "depth": 5, "batch": 32},
+    "gan": {"res": 64, "loss": "adversarial", "depth": 4, "batch": 64},
 }
 COMMON = {
     "act": "relu", "hole_weight": 10.0, "data": "synthetic", "hole": 0.3, "hole_at": "center", "val": 0.2,
-    "epochs": 20, "seed": 0, "precision": "auto",
+    "epochs": 20, "width": 24, "seed": 0, "precision": "auto",
 }  # fmt: skip
 
 
@@ -99,12 +99,12 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--compare", action="store_true", help="train all rows of the paper's table 1, and more")
     job.add_argument("--seeds", type=number(int, 1, 100, "a whole number from 1 to 100"), metavar="K", help="with --compare: train each row K times; default 1")
     what = p.add_argument_group("what to train")
-    what.add_argument("--model", choices=DEFAULTS, help="the paper's network: sets the defaults of --res, --loss, --depth, --width and --batch; default unet")
+    what.add_argument("--model", choices=DEFAULTS, help="the paper's network: sets the defaults of --res, --loss, --depth and --batch; default unet")
     what.add_argument("--act", choices=models.ACTIVATIONS, help="activation function; default relu")
     what.add_argument("--loss", type=loss_terms, metavar="TERMS", help="a sum of l1, mse, dssim, adversarial, as in 100*l1+adversarial; any with adversarial has a discriminator; default l1 (unet) or adversarial (gan)")
     what.add_argument("--hole-weight", type=number(float, 1e-3, 1e6, "a number above 0"), metavar="X", help="l1 and mse count pixels in the hole X times (the paper: 1); default 10")
     what.add_argument("--depth", type=number(int, 1, 9, "a whole number from 1 to 9"), metavar="N", help="levels of the U-Net; one more sees further; default 5 (unet) or 4 (gan)")
-    what.add_argument("--width", type=number(int, 1, 1024, "a whole number from 1 to 1024"), metavar="N", help="channels of the first level; raise to 64 for 200,000 pictures and a GPU; default 24 (unet) or 16 (gan)")
+    what.add_argument("--width", type=number(int, 1, 1024, "a whole number from 1 to 1024"), metavar="N", help="channels of the first level; raise to 64 for 200,000 pictures and a GPU; default 24")
     d = p.add_argument_group("data")
     d.add_argument("--data", metavar="PATH", help="a folder of pictures or a .zip, such as CelebA's; default: 5,000 faces that are drawn")
     d.add_argument("--res", type=resolution, metavar="N", help="side in pixels: 32, 64, 128, 256 or 512; default 128 (unet) or 64 (gan)")
@@ -236,9 +236,11 @@ def build(options: dict, device: torch.device, compiled: bool = False) -> Run:
     torch.manual_seed(options["seed"])
     terms = losses.parse_loss(options["loss"])
     generator = models.UNet(options["depth"], options["width"], options["act"])
-    discriminator = models.Discriminator(options["res"], 2 * options["width"]) if "adversarial" in terms else None
+    discriminator = models.Discriminator(options["res"], options["width"]) if "adversarial" in terms else None
     for network in (generator, discriminator) if discriminator else ():
         models.dcgan_init(network)
+    if discriminator:
+        generator.start_by_keeping()
     networks = [net.to(device, memory_format=torch.channels_last) for net in (generator, discriminator) if net]
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     run = Run(options, device, generator, ema, discriminator)

@@ -50,11 +50,81 @@ def gaussian_window(taps: int = TAPS, sigma: float = SIGMA) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _band(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The filter along an axis of n pixels as a matrix (n, n - 10): column j is the window, shifted down by j."""
-    places = torch.arange(n)[:, None] - torch.arange(n - TAPS + 1)[None, :]  # row - column
+def _band(windows: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The filter along an axis as a matrix (windows + 10, windows): column j is the Gaussian window, shifted down by j."""
+    places = torch.arange(windows + TAPS - 1)[:, None] - torch.arange(windows)[None, :]  # row - column
     inside = (places >= 0) & (places < TAPS)
     return torch.where(inside, gaussian_window()[places.clamp(0, TAPS - 1)], 0.0).to(device, dtype)
+
+
+def _pieces(windows: int, like: torch.Tensor, most: int = 64):
+    """Yield (start, count, band): a long axis is cut, for a band is mostly zeros and the zeros cost time too."""
+    for start in range(0, windows, most):
+        count = min(most, windows - start)
+        yield start, count, _band(count, like.dtype, like.device)
+
+
+def _blur(z: torch.Tensor) -> torch.Tensor:
+    """The Gaussian mean in every whole window: (B, C, H, W) -> (B, C, H - 10, W - 10), a matrix product an axis."""
+    rows = [z[..., s : s + n + TAPS - 1] @ band for s, n, band in _pieces(z.shape[3] - TAPS + 1, z)]
+    z = torch.cat(rows, 3) if len(rows) > 1 else rows[0]
+    columns = [band.T @ z[:, :, s : s + n + TAPS - 1] for s, n, band in _pieces(z.shape[2] - TAPS + 1, z)]
+    return torch.cat(columns, 2) if len(columns) > 1 else columns[0]
+
+
+def _spread(g: torch.Tensor) -> torch.Tensor:
+    """The transpose of _blur: (B, C, H - 10, W - 10) -> (B, C, H, W). It carries gradients back."""
+    for axis in (2, 3):
+        parts = [(s, band @ g[:, :, s : s + n] if axis == 2 else g[..., s : s + n] @ band.T) for s, n, band in _pieces(g.shape[axis], g)]
+        if len(parts) == 1:
+            g = parts[0][1]
+            continue
+        sizes = [size + (TAPS - 1) * (d == axis) for d, size in enumerate(g.shape)]
+        g = g.new_zeros(sizes)
+        for start, part in parts:  # neighbours overlap by 10 pixels
+            g.narrow(axis, start, part.shape[axis]).add_(part)
+    return g
+
+
+class _SSIM(torch.autograd.Function):
+    """The formula of `ssim`, and its derivative by hand: half the time of what autograd would do."""
+
+    @staticmethod
+    def forward(ctx, x, y, c1, c2):
+        """SSIM = luminance * structure, one value a picture."""
+        x0, y0 = x.mean((2, 3), keepdim=True), y.mean((2, 3), keepdim=True)
+        x, y = x - x0, y - y0
+        mx, my = _blur(x), _blur(y)
+        variances = (_blur(x.square().addcmul_(y, y)) - mx.square()).addcmul_(my, my, value=-1).clamp_(min=0)  # vx + vy
+        covariance = _blur(x * y).addcmul_(mx, my, value=-1)
+        px, py = mx + x0, my + y0  # the means of the pictures as they came
+        below, spread = px.square().addcmul_(py, py).add_(c1), variances.add_(c2)
+        luminance = (px * py).mul_(2).add_(c1).div_(below)
+        structure = covariance.mul_(2).add_(c2).div_(spread)
+        ctx.save_for_backward(x, y, mx, my, px, py, below, spread, luminance, structure)
+        return (luminance * structure).mean((1, 2, 3))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """By the chain rule through cov = E[xy] - mx my and v = E[x^2 + y^2] - mx^2 - my^2; symmetric in x and y."""
+        x, y, mx, my, px, py, below, spread, luminance, structure = ctx.saved_tensors
+        each = (gradient / luminance[0].numel())[:, None, None, None]  # of every value in the mean
+        by_cov = luminance * (2 * each) / spread
+        by_var = by_cov * structure / -2
+        pull = structure * (2 * each) / below
+
+        def toward(a, b, ma, mb, pa, pb):
+            by_mean = (pull * torch.addcmul(pb, luminance, pa, value=-1)).addcmul_(ma, by_var, value=-2).addcmul_(mb, by_cov, value=-1)
+            return _spread(by_mean).addcmul_(a, wide_var, value=2).addcmul_(b, wide_cov)
+
+        with torch.autocast(x.device.type, enabled=False):
+            wide_cov, wide_var = _spread(by_cov), _spread(by_var)
+            return (
+                toward(x, y, mx, my, px, py) if ctx.needs_input_grad[0] else None,
+                toward(y, x, my, mx, py, px) if ctx.needs_input_grad[1] else None,
+                None,
+                None,
+            )
 
 
 def ssim(x: torch.Tensor, y: torch.Tensor, data_range: float = 1.0) -> torch.Tensor:
@@ -67,33 +137,20 @@ def ssim(x: torch.Tensor, y: torch.Tensor, data_range: float = 1.0) -> torch.Ten
     same convention as scikit-image (gaussian_weights=True, sigma=1.5, use_sample_covariance=False), TensorFlow,
     pytorch-msssim and piq.
 
-    Why this is fast and still the same: the Gaussian window is a product of one along the rows and one along the
-    columns, and sliding a window along an axis is a product with a banded matrix; so `blur` is two matrix products.
+    Why the code above is this and still fast: the Gaussian window is a product of one along the rows and one along the
+    columns, and sliding a window along an axis is a product with a banded matrix; so `_blur` is two matrix products.
     The formula needs vx + vy but neither alone, so four blurred maps do. Why it is exact: E[x^2] - E[x]^2 loses its
     digits where x is large and even; variances stay the same when a constant is subtracted from a picture first, so
-    each channel's mean is. It is float32 also under autocast (float64 stays), ValueError if shapes differ or a side is below 11 pixels.
+    each channel's mean is. It is float32 also under autocast (float64 stays). ValueError if shapes differ or a side is
+    below 11 pixels.
     """
     if x.shape != y.shape or x.dim() != 4:
         raise ValueError(f"ssim takes two tensors of one shape (B, C, H, W), not {tuple(x.shape)} and {tuple(y.shape)}")
     if min(x.shape[-2:]) < TAPS:
         raise ValueError(f"ssim needs pictures of at least {TAPS} x {TAPS} pixels, not {tuple(x.shape[-2:])}")
-    c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
-        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, y = x.to(exact), y.to(exact)
-        x0, y0 = x.detach().mean((2, 3), keepdim=True), y.detach().mean((2, 3), keepdim=True)
-        x, y = x - x0, y - y0
-        rows, columns = _band(x.shape[2], exact, x.device), _band(x.shape[3], exact, x.device)
-
-        def blur(z):  # (B, C, H, W) -> (B, C, H - 10, W - 10)
-            return rows.T @ (z @ columns)
-
-        mx, my = blur(x), blur(y)
-        variances = (blur(x.square() + y.square()) - mx.square() - my.square()).clamp(min=0)
-        covariance = blur(x * y) - mx * my
-        mx, my = mx + x0, my + y0
-        luminance = (2 * mx * my + c1) / (mx.square() + my.square() + c1)
-        return (luminance * (2 * covariance + c2) / (variances + c2)).mean((1, 2, 3))
+        return _SSIM.apply(x.to(exact), y.to(exact), (K1 * data_range) ** 2, (K2 * data_range) ** 2)
 
 
 def dssim(output: torch.Tensor, image: torch.Tensor) -> torch.Tensor:

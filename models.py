@@ -65,12 +65,24 @@ class UNet(nn.Module):
             fan_in = levels[level] * (1 if level == depth - 1 else 2)
             self.up.append(self._step(nn.ConvTranspose2d, fan_in, levels[level - 1], act))
         self.paint = nn.ConvTranspose2d(levels[0] * (1 if depth == 1 else 2), 3, 4, stride=2, padding=1)
-        self.keep = nn.Conv2d(4, 3, 3, padding=1, bias=False)
+        self.keep = nn.Conv2d(4, 3, 3, padding=1)
+        self.start_by_keeping()
 
     @staticmethod
     def _step(convolution, fan_in: int, out: int, act: str, norm: bool = True) -> nn.Sequential:
         layers = [convolution(fan_in, out, 4, stride=2, padding=1, bias=not norm)]
         return nn.Sequential(*layers, *([nn.BatchNorm2d(out)] if norm else []), ACTIVATIONS[act]())
+
+    def start_by_keeping(self) -> None:
+        """Let `keep` begin as sigmoid(5 (x - 1/2)), nearly x: the network starts from the damaged picture, not from grey.
+
+        It need not learn to copy, only to fill. For the GAN that is the difference between a stable run and a lost one.
+        """
+        with torch.no_grad():
+            self.keep.weight.zero_()
+            for colour in range(3):
+                self.keep.weight[colour, colour, 1, 1] = 5
+            self.keep.bias.fill_(-2.5)
 
     def forward(self, damaged: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """damaged (B, 3, H, W) and mask (B or 1, 1, H, W) -> the whole picture, float32 (B, 3, H, W) in [0, 1]."""
