@@ -17,6 +17,8 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -91,6 +93,8 @@ def damage(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Any mode -> 8-bit RGB. 16-bit, 32-bit and float pictures are scaled, where Pillow would clip them."""
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # straight to RGB, Pillow would warn
     if picture.mode[0] not in "IF":
         return picture if picture.mode == "RGB" else picture.convert("RGB")
     values = np.nan_to_num(np.asarray(picture).astype(np.float32))
@@ -189,6 +193,8 @@ def _decode_share(path: Path, names: list[str], res: int, scratch: str, share: i
     table = np.memmap(scratch, np.uint8, "r+")
     pixels, status = table[: -len(names)].reshape(len(names), 3, res, res), table[-len(names) :]
     parent = multiprocessing.parent_process()
+    if parent:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     with contextlib.nullcontext(path) if path.is_dir() else zipfile.ZipFile(path) as source:
         for start in range(64 * share, len(names), 64 * shares):
             if parent and not parent.is_alive():
@@ -303,7 +309,7 @@ def load_images(path: str | Path, res: int, cache: str | Path = "cache") -> torc
     path = Path(path)
     found = list_pictures(path)
     where = os.path.abspath(path)
-    key = hashlib.sha256(json.dumps([RECIPE, where, path.stat().st_mtime_ns, res, found]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([RECIPE, where, path.is_file() and path.stat().st_mtime_ns, res, found]).encode()).hexdigest()
     file = Path(cache) / f"{path.stem}-{hashlib.sha256(where.encode()).hexdigest()[:8]}-{res}.u8"
     images = _map_cache(file, key, res)
     if images is not None:
@@ -337,12 +343,10 @@ def validation_count(count: int, share: float) -> int:
 def settle(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Put the training set where its batches cost least: on the GPU if it takes under half of the free memory.
 
-    Else in pinned host memory, from which a GPU copies while it computes; on the CPU it stays as it is.
+    Else it stays where it is, and `batches` sends one batch ahead.
     """
-    if device.type != "cuda":
-        return images
-    free, _ = torch.cuda.mem_get_info(device)
-    return images.to(device) if images.nbytes < free / 2 else images.pin_memory()
+    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return images.to(device) if fits else images
 
 
 def batches(images: torch.Tensor, size: int, order: torch.Tensor, flip: torch.Tensor, device: torch.device):
@@ -352,15 +356,21 @@ def batches(images: torch.Tensor, size: int, order: torch.Tensor, flip: torch.Te
     is always on its way while one is used. No DataLoader: slices of one tensor leave nothing to wait for.
     """
     order, flip = order.to(images.device), flip.to(device)
+    afar = device.type == "cuda" and not images.is_cuda
+    aside = torch.cuda.Stream(device) if afar else None
 
     def fetch(start):
         chosen = images[order[start : start + size]]
-        if device.type == "cuda" and not chosen.is_cuda:
-            chosen = chosen.pin_memory()
-        return chosen.to(device, non_blocking=True)
+        if not afar:
+            return chosen.to(device)
+        with torch.cuda.stream(aside):  # from pinned memory the copy runs beside the step, not in its queue
+            return chosen.pin_memory().to(device, non_blocking=True)
 
     coming = fetch(0)
     for start in range(0, len(order), size):
+        if afar:
+            torch.cuda.current_stream(device).wait_stream(aside)
+            coming.record_stream(torch.cuda.current_stream(device))
         pixels, coming = coming, fetch(start + size) if start + size < len(order) else None
         image = pixels.to(memory_format=torch.channels_last).float().div_(255)
         yield torch.where(flip[start : start + size, None, None, None], image.flip(3), image)
@@ -545,7 +555,7 @@ def synthetic_faces(n: int, res: int, seed: int = 0) -> torch.Tensor:
 def save(path: str | Path, data: bytes) -> None:
     """Write a file whole or not at all: aside, flushed to the disk, then renamed into place."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is written over, not piled up
     try:
         with open(aside, "wb") as stream:
             stream.write(data)
@@ -575,6 +585,8 @@ def progress(line: str | None, every: float = 0.2) -> None:
             print("\r" + " " * len(_shown[0]) + "\r", end="", file=sys.stderr, flush=True)
         _shown[:] = "", (0.0 if terminal else _shown[1])
     elif time.time() - _shown[1] > (every if terminal else 10):
+        if terminal:
+            line = line[: shutil.get_terminal_size().columns - 1]
         print(f"\r{line:<{len(_shown[0])}}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
         _shown[:] = line, time.time()
 

@@ -15,14 +15,17 @@ import copy
 import csv
 import datetime
 import io
+import itertools
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,7 +80,8 @@ def resolution(text: str) -> int:
 
 
 def loss_terms(text: str) -> str:
-    """An argparse type: the text, once it has proved to be a loss."""
+    """An argparse type: the text, without its spaces, once it has proved to be a loss."""
+    text = text.replace(" ", "")
     try:
         losses.parse_loss(text)
     except ValueError as error:
@@ -153,7 +157,13 @@ def choose_device(name: str) -> torch.device:
     name = next(kind for kind in there if there[kind]) if name == "auto" else name
     if not there[name]:
         raise InputError(f"--device {name}: this machine or this build of PyTorch has none; leave the option out")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise InputError(f"process {index} finds {torch.cuda.device_count()} GPUs here: start one process a GPU with --nproc-per-node")
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32; PyTorch would round convolutions to 10 bits
+    return torch.device("cuda", index)
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -203,8 +213,8 @@ SMOOTH = 0.1  # real pictures are to be judged 0.9 real: keeps the discriminator
 
 @dataclass
 class Run:
-    """Everything that changes while a run trains. `painter` and `judge` are the networks as the step calls them
-    (compiled, or wrapped for several processes); `generator` and `discriminator` the same, bare."""
+    """Everything that changes while a run trains. `painter` and `judge` are the networks as the step calls them,
+    wrapped if there are several processes; `generator` and `discriminator` the same, bare."""
 
     options: dict
     device: torch.device
@@ -218,6 +228,7 @@ class Run:
     epoch: int = 0
     best: dict = field(default_factory=dict)
     rows: list = field(default_factory=list)
+    world: list = field(default_factory=list)  # how many processes and training pictures: a resume needs the same
 
     @property
     def weights(self) -> dict[str, float]:
@@ -249,7 +260,9 @@ def build(options: dict, device: torch.device, compiled: bool = False) -> Run:
         run.optimizers[name] = torch.optim.AdamW(
             network.parameters(), options["lr"], betas=(0.5, 0.999), weight_decay=decay, fused=device.type != "mps"
         )
-    called = [torch.compile(network) if compiled else network for network in networks]
+        if compiled:
+            network.compile()
+    called = networks
     if dist.is_initialized():
         ids = [device.index] if device.type == "cuda" else None
         called = [DistributedDataParallel(network, ids, broadcast_buffers=False) for network in called]
@@ -285,10 +298,9 @@ def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor) -> dict[str
 
     Nothing here waits for the device: the numbers are tensors until somebody reads them.
     """
-    damaged = data.damage(image, mask)
+    damaged, weights, terms, report = data.damage(image, mask), run.weights, {}, {}
     with run.autocast():
         output = run.painter(damaged, mask)
-    terms, report = {}, {}
     if run.judge:
         # (1) The discriminator's step: maximise log D(x) + log(1 - D(G)). It teaches the painter nothing: detach.
         with run.autocast():
@@ -302,14 +314,13 @@ def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor) -> dict[str
             terms["adversarial"] = losses.generator_loss(run.discriminator(output))
         run.discriminator.requires_grad_(True)
     # And, with any network: minimise the distance from the original.
-    weight = run.options["hole_weight"]
-    if "l1" in run.weights:
-        terms["l1"] = losses.l1(output, image, mask, weight)
-    if "mse" in run.weights:
-        terms["mse"] = losses.mse(output, image, mask, weight)
-    if "dssim" in run.weights:
+    if "l1" in weights:
+        terms["l1"] = losses.l1(output, image, mask, run.options["hole_weight"])
+    if "mse" in weights:
+        terms["mse"] = losses.mse(output, image, mask, run.options["hole_weight"])
+    if "dssim" in weights:
         terms["dssim"] = losses.dssim(output, image)
-    update(run.optimizers["generator"], sum(run.weights[name] * term for name, term in terms.items()))
+    update(run.optimizers["generator"], sum(weights[name] * term for name, term in terms.items()))
     update_ema(run.ema, run.generator, run.step)
     run.step += 1
     return {name: value.detach() for name, value in (terms | report).items()}
@@ -374,7 +385,7 @@ def save_checkpoint(path: Path, run: Run, everything: bool) -> None:
     state = {"kind": KIND, "version": VERSION, "options": run.options, "epoch": run.epoch, "ema": run.ema.state_dict()}
     if everything:
         state |= {"step": run.step, "best": run.best, "rows": run.rows, "generator": run.generator.state_dict()}
-        state |= {"optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}}
+        state |= {"world": run.world, "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}}
         state |= {"discriminator": run.discriminator.state_dict()} if run.discriminator else {}
     stream = io.BytesIO()
     torch.save(state, stream)
@@ -384,7 +395,9 @@ def save_checkpoint(path: Path, run: Run, everything: bool) -> None:
 def read_checkpoint(path: str | Path, device: torch.device) -> dict:
     """The dictionary of a checkpoint whose options are sound; InputError for any other file. Runs no code from it."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a strange file torch warns, and then it fails
+            state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give the best.pt or last.pt of a run folder") from None
     except Exception as error:
@@ -394,23 +407,34 @@ def read_checkpoint(path: str | Path, device: torch.device) -> dict:
         raise InputError(f"{path} is a file of another program: give the best.pt or last.pt of a run folder")
     if state.get("version") != VERSION:
         raise InputError(f"{path} has version {state.get('version')} and this program reads {VERSION}: train again, or use its own version")
-    try:
-        words = [f"--{name.replace('_', '-')}={value}" for name, value in state["options"].items()]
-        checked = training_options(_quiet_parser().parse_args(words))
-        if checked != state["options"]:
-            raise ValueError("options changed")
-    except Exception as error:
-        raise InputError(f"{path} is damaged ({error}): give another checkpoint") from error
-    return state
+    return state | {"options": sound_options(path, state.get("options"))}
 
 
-def _quiet_parser() -> argparse.ArgumentParser:
+def sound_options(path: str | Path, options: dict) -> dict:
+    """The options of a file, if the command line would have taken them; else InputError."""
+
     def refuse(message):
         raise ValueError(message)
 
     p = parser()
     p.error = refuse
-    return p
+    try:
+        checked = training_options(p.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in options.items()]))
+        if checked != options:
+            raise ValueError("some are missing or of another type")
+    except (InputError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"the options in {path} are damaged ({error}): give another file, or start a new run") from error
+    return options
+
+
+def check_same(given: dict, stored: dict, folder: Path) -> None:
+    """InputError naming both values if an option given (not None) contradicts the run in the folder."""
+    for name, value in stored.items():
+        new = given.get(name)
+        same = new is None or new == value or name == "data" and os.path.abspath(new) == os.path.abspath(value)
+        if not same:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {new} contradicts {flag} {value} of the run in {folder}: leave it out, or start a new run")
 
 
 def load_painter(path: str | Path, device: torch.device) -> Run:
@@ -437,13 +461,16 @@ def load_everything(path: Path, run: Run) -> None:
         for name, optimizer in run.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         run.step, run.epoch, run.best, run.rows = (state[name] for name in ("step", "epoch", "best", "rows"))
+        then = state["world"]
     except Exception as error:
         raise InputError(f"{path} cannot be resumed: it is a best.pt, or damaged; give the folder of a run") from error
+    if then != run.world:
+        raise InputError(f"the run in {path.parent} had {then[0]} processes and {then[1]} training pictures, now it is {run.world[0]} and {run.world[1]}: start it as before")
 
 
 def default_folder(options: dict) -> str:
     """runs/MODEL-LOSS-ACT-RES, with no character that a file system minds."""
-    return f"runs/{options['model']}-{options['loss'].replace('*', 'x').replace(' ', '')}-{options['act']}-{options['res']}"
+    return f"runs/{options['model']}-{options['loss'].replace('*', 'x')}-{options['act']}-{options['res']}"
 
 
 def numbered(name: str) -> list[Path]:
@@ -455,18 +482,37 @@ def numbered(name: str) -> list[Path]:
 
 
 def choose_folder(args: argparse.Namespace, options: dict) -> Path:
-    """Where to write: --out, or the default; InputError if that cannot be, or already holds a run."""
-    existing = numbered(default_folder(options))
+    """Where to write: --out, or a new folder of the default name, made here so that no other run can take it.
+
+    InputError if it cannot be written to, already holds a run or, with --resume, holds none.
+    """
+    name = default_folder(options)
     if args.resume:
-        folder = Path(args.out) if args.out else existing[-2 if len(existing) > 1 else -1]
+        last = Path(name) if not Path(f"{name}-2").exists() else numbered(name)[-2]
+        folder = Path(args.out) if args.out else last
         if not (folder / "config.json").is_file():
             raise InputError(f"--resume: there is no run in {folder}; name its folder with --out, or start without --resume")
         return folder
-    folder = Path(args.out) if args.out else existing[-1]
-    if (folder / "config.json").exists():
+    folder = Path(args.out or name)
+    if args.out and (folder / "config.json").exists():
         raise InputError(f"--out {folder} already holds a run: go on with it by --resume, or name another folder")
     check_writable(folder)
-    return folder
+    if args.out:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    while True:
+        folder = numbered(name)[-1]
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
+
+def leave_nothing(folder: Path) -> None:
+    """Undo choose_folder, after a mistake that was found too late: remove the folder, and its parent, if empty."""
+    (folder / "config.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def check_writable(folder: Path) -> None:
@@ -479,24 +525,18 @@ def check_writable(folder: Path) -> None:
 
 
 def stored_options(folder: Path, args: argparse.Namespace) -> dict:
-    """The options of a stored run; InputError naming both values if one given now contradicts; --epochs may grow."""
-    try:
-        options = json.loads((folder / "config.json").read_text())["options"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be read ({error}): start a new run") from error
+    """The options of a stored run; those given now may not contradict them, but --epochs may grow."""
     if (folder / "last.pt").exists():
         options = read_checkpoint(folder / "last.pt", torch.device("cpu"))["options"]
-    for name, stored in options.items():
-        given = getattr(args, name)
-        same = given is None or given == stored
-        if name == "data" and not same:
-            same = os.path.abspath(given) == os.path.abspath(stored)
-        if name == "epochs" and not same and given > stored:
-            options = options | {"epochs": given}
-        elif not same:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {given} contradicts {flag} {stored} of the run in {folder}: leave it out, or start a new run")
-    return options
+    else:
+        try:
+            options = json.loads((folder / "config.json").read_text())["options"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder / 'config.json'} cannot be read ({error}): start a new run") from error
+        sound_options(folder / "config.json", options)
+    more = {"epochs": args.epochs} if (args.epochs or 0) > options["epochs"] else {}
+    check_same(vars(args) | dict.fromkeys(more), options, folder)
+    return options | more
 
 
 def describe(run: Run) -> dict:
@@ -511,37 +551,41 @@ def describe(run: Run) -> dict:
     }
 
 
+def to_csv(rows: list[dict]) -> bytes:
+    """Rows with the same keys as the bytes of a CSV file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
 def write_log(folder: Path, run: Run) -> None:
     """log.csv and curves.png, whole, from the rows that last.pt keeps."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(run.rows[0]))
-    writer.writeheader()
-    writer.writerows(run.rows)
-    data.save(folder / "log.csv", text.getvalue().encode())
+    data.save(folder / "log.csv", to_csv(run.rows))
     panels = {"loss": list(run.weights)} | ({"D(x) and D(G)": ["D(x)", "D(G)"]} if run.discriminator else {})
     panels |= {"PSNR in the hole (dB)": ["psnr_hole"], "PSNR of the whole output (dB)": ["psnr_output"]}
     data.save(folder / "curves.png", data.png(data.curves(run.rows, panels)))
 
 
-def write_pictures(folder: Path, run: Run, pixels: torch.Tensor, mask: torch.Tensor) -> None:
-    """grid.png: eight fixed validation faces, damaged, output, restored, original."""
+def write_pictures(folder: Path, run: Run, pixels: torch.Tensor, mask: torch.Tensor, best: bool) -> None:
+    """grid.png, if these are the best weights: eight fixed validation faces, damaged, output, restored, original.
+
+    frames/EPOCH.png: four of them, restored, for training.gif.
+    """
     image = pixels[:8].to(run.device).float() / 255
     output = paint(run, image, mask)
-    strips = {"damaged": data.damage(image, mask), "output": output, "restored": restore(output, image, mask), "original": image}
-    data.save(folder / "grid.png", data.png(data.grid(list(strips.items()))))
-
-
-def write_frame(folder: Path, run: Run, pixels: torch.Tensor, mask: torch.Tensor) -> None:
-    """frames/EPOCH.png: four fixed faces, restored, for training.gif."""
+    restored = restore(output, image, mask)
+    if best:
+        strips = [("damaged", data.damage(image, mask)), ("output", output), ("restored", restored), ("original", image)]
+        data.save(folder / "grid.png", data.png(data.grid(strips)))
     (folder / "frames").mkdir(exist_ok=True)
-    image = pixels[:4].to(run.device).float() / 255
-    restored = restore(paint(run, image, mask), image, mask)
-    data.save(folder / "frames" / f"{run.epoch:04d}.png", data.png(data.grid([(f"epoch {run.epoch}", restored)], tile=96)))
+    data.save(folder / "frames" / f"{run.epoch:04d}.png", data.png(data.grid([(f"epoch {run.epoch}", restored[:4])], tile=96)))
 
 
 def write_gif(folder: Path) -> None:
     """training.gif from all frames on the disk, the last one shown longer."""
-    frames = [PIL.Image.open(file) for file in sorted((folder / "frames").glob("*.png"))]
+    frames = [PIL.Image.open(file).convert("RGB") for file in sorted((folder / "frames").glob("*.png"))]
     stream = io.BytesIO()
     frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:], duration=[200] * (len(frames) - 1) + [2000], loop=0)
     data.save(folder / "training.gif", stream.getvalue())
@@ -601,15 +645,16 @@ def check_finite(run: Run, sums: dict[str, torch.Tensor]) -> None:
             )
 
 
-def train_epoch(run: Run, training: torch.Tensor, batch: int, total: int) -> dict[str, float]:
+def train_epoch(run: Run, training: torch.Tensor, batch: int) -> dict[str, float]:
     """All batches of one epoch -> the means of what training_step reports."""
     options, sums, began, shown = run.options, {}, time.time(), time.time()
     steps = len(training) // rank_and_world()[1] // batch
+    total = options["epochs"] * steps
     order, flip, boxes = draw_epoch(options, run.epoch, len(training), steps * batch)
     boxes = boxes.to(run.device)
     for i, image in enumerate(data.batches(training, batch, order, flip, run.device)):
         for optimizer in run.optimizers.values():
-            optimizer.param_groups[0]["lr"] = learning_rate(options["lr"], run.step, total)
+            optimizer.param_groups[0]["lr"] = learning_rate(options["lr"], run.epoch * steps + i, total)
         report = training_step(run, image, data.box_mask(boxes[i * batch : (i + 1) * batch], options["res"]))
         sums = {name: sums.get(name, 0) + value for name, value in report.items()}
         if time.time() - shown > 1:
@@ -618,8 +663,10 @@ def train_epoch(run: Run, training: torch.Tensor, batch: int, total: int) -> dic
             rate = (i + 1) * batch / (shown - began)
             means = "  ".join(f"{name} {float(value) / (i + 1):.4f}" for name, value in sums.items())
             say(f"epoch {run.epoch + 1}/{options['epochs']}  step {i + 1}/{steps}  {rate:.0f} images/s  {means}"
-                f"{data.time_left((total - run.step) * batch, rate)}")  # fmt: skip
+                f"{data.time_left((total - run.epoch * steps - i - 1) * batch, rate)}")  # fmt: skip
     check_finite(run, sums)
+    for part in filter(None, (run.generator, run.discriminator, run.ema)):
+        check_finite(run, {f"a weight ({name})": value.sum() for name, value in part.state_dict().items()})
     return {name: float(value) / steps for name, value in sums.items()}
 
 
@@ -635,18 +682,35 @@ def finish_epoch(run: Run, folder: Path, row: dict, validation: torch.Tensor, ma
     row |= {name: result[name] for name in METRICS}
     run.rows.append(row)
     reconstructs = set(run.weights) != {"adversarial"}
-    if not run.best or not reconstructs or result["psnr_hole"] > run.best["psnr_hole"]:
+    best = not run.best or not reconstructs or result["psnr_hole"] > run.best["psnr_hole"]
+    if best:
         run.best = result | {"epoch": run.epoch}
         save_checkpoint(folder / "best.pt", run, everything=False)
-        write_pictures(folder, run, validation, mask)
         data.save(folder / "results.json", to_json(run.best))
-    write_frame(folder, run, validation, mask)
+    write_pictures(folder, run, validation, mask, best)
     save_checkpoint(folder / "last.pt", run, everything=True)
     write_log(folder, run)
     data.progress(None)
     means = "  ".join(f"{name} {row[name]:.4f}" for name in [*run.weights, "D(x)", "D(G)"] if name in row)
     print(f"epoch {run.epoch}/{run.options['epochs']}  {row['seconds']:.0f} s  {row['images_per_second']:.0f} images/s  {means}"
           f"  psnr_hole {row['psnr_hole']:.2f}  psnr_output {row['psnr_output']:.2f}", flush=True)  # fmt: skip
+
+
+def start(run: Run, folder: Path, resume: bool, validation: torch.Tensor, mask: torch.Tensor) -> None:
+    """Bring a run back from its last.pt, or begin it: everything is on the disk before the first step."""
+    options = run.options
+    if resume and (folder / "last.pt").exists():
+        load_everything(folder / "last.pt", run)
+        run.options = options  # --epochs may have grown
+    if rank_and_world()[0] == 0:
+        save_checkpoint(folder / "last.pt", run, everything=True)
+        data.save(folder / "config.json", to_json(describe(run)))
+        if run.rows:
+            write_log(folder, run)
+        else:
+            write_pictures(folder, run, validation, mask, best=True)
+        print(f"{folder}: {run.world[1]} pictures to train on, {len(validation)} to validate, on {describe(run)['device']}"
+              f"{f', {run.world[0]} processes' if run.world[0] > 1 else ''}", flush=True)  # fmt: skip
 
 
 def train(options: dict, folder: Path, resume: bool, device: torch.device, compiled: bool = False) -> dict:
@@ -658,39 +722,21 @@ def train(options: dict, folder: Path, resume: bool, device: torch.device, compi
     if rank == 0 and not resume:
         folder.mkdir(parents=True, exist_ok=True)
         data.save(folder / "config.json", to_json(describe(run)))
-    try:
-        training, validation = load_split(options)
-    except InputError:
-        if rank == 0 and not resume:  # a mistake leaves nothing behind
-            (folder / "config.json").unlink()
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+    training, validation = load_split(options)
     mask = data.center_hole(options["res"], options["hole"]).to(device)
-    if resume and (folder / "last.pt").exists():
-        load_everything(folder / "last.pt", run)
-        run.options = options
-        if rank == 0:
-            data.save(folder / "config.json", to_json(describe(run)))
-            if run.rows:
-                write_log(folder, run)
+    run.world = [world, len(training)]
+    start(run, folder, resume, validation, mask)
     batch = min(options["batch"], len(training) // world)
-    total = options["epochs"] * (len(training) // world // batch)
-    if rank == 0 and not run.epoch:
-        write_pictures(folder, run, validation, mask)
-        write_frame(folder, run, validation, mask)
-        save_checkpoint(folder / "last.pt", run, everything=True)
-        print(f"{folder}: {len(training)} pictures to train on, {len(validation)} to validate, on {describe(run)['device']}"
-              f"{f', {world} processes' if world > 1 else ''}", flush=True)  # fmt: skip
     training = data.settle(training, device)
     while run.epoch < options["epochs"]:
         began = time.time()
-        means = train_epoch(run, training, batch, total)
+        means = train_epoch(run, training, batch)
         seconds = time.time() - began
-        average_buffers(run.ema)
+        for network in filter(None, (run.generator, run.discriminator, run.ema)):
+            average_buffers(network)
         run.epoch += 1
         if rank == 0:
-            images = world * batch * (total // options["epochs"])
+            images = len(training) // world // batch * batch * world
             past = run.rows[-1]["seconds"] if run.rows else 0
             row = {"epoch": run.epoch, "step": run.step, "seconds": past + seconds, "images_per_second": images / seconds}
             finish_epoch(run, folder, row | means, validation, mask)
@@ -709,9 +755,11 @@ def evaluate(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in ("res", "hole", "data", "val", "precision")}
     run.options |= {name: value for name, value in given.items() if value is not None}
     check_options(run.options | {"val": 0.5})
-    if args.json:
-        check_writable(Path(args.json).parent)
-    pixels = load_pixels(run.options) if run.options["val"] == 1 else load_split(run.options)[1]
+    if args.json and not Path(args.json).parent.is_dir():
+        raise InputError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
+    pixels = data.split(load_pixels(run.options), run.options["val"])[1]
+    if not len(pixels):
+        raise InputError(f"--val {run.options['val']} of --data {run.options['data']} leaves no picture to measure: give more of them")
     mask = data.center_hole(run.options["res"], run.options["hole"]).to(run.device)
     result = validate(lambda image: paint(run, image, mask), pixels, mask) | {"epoch": run.epoch}
     print("\n".join(f"{name:<14}{value:.4f}" if isinstance(value, float) else f"{name:<14}{value}" for name, value in result.items()))
@@ -754,7 +802,7 @@ def nearest_face(image: torch.Tensor, mask: torch.Tensor, training: torch.Tensor
 
 def methods_without_training(training: torch.Tensor, mask: torch.Tensor) -> dict:
     """{name: painter(images)}: what there is to beat."""
-    mean = torch.stack([part.float().mean(0) for part in training.split(1000)]).mean(0)[None].to(mask.device) / 255
+    mean = sum(part.double().sum(0) for part in training.split(1000)).float()[None].to(mask.device) / 255 / len(training)
     return {
         "white hole": lambda image: data.damage(image, mask),
         "harmonic diffusion": lambda image: models.harmonic(data.damage(image, mask), mask),
@@ -763,59 +811,53 @@ def methods_without_training(training: torch.Tensor, mask: torch.Tensor) -> dict
     }
 
 
+def compare_options(args: argparse.Namespace, row: dict, seed: int) -> dict:
+    """The options of one row of the table."""
+    asked = argparse.Namespace(**vars(args) | {name: row[name] for name in ("model", "loss", "act", "depth") if name in row})
+    asked.res, asked.seed = args.res or 64, seed
+    asked.depth = min(asked.depth, int(math.log2(asked.res))) if asked.depth else None
+    return training_options(asked)
+
+
 def compare(args: argparse.Namespace) -> None:
     """Train every row that is not finished, and write table.md, table.csv and comparison.png below --out."""
     for name in ("model", "act", "loss", "depth", "resume"):
         if getattr(args, name):
             raise InputError(f"--{name} does not go with --compare, which sets it row by row: leave it out")
-    out, device, seeds = Path(args.out or "runs/compare"), choose_device(args.device), args.seeds or 1
+    out, device, first = Path(args.out or "runs/compare"), choose_device(args.device), args.seed or 0
     check_writable(out)
-    first = args.seed or 0
     table = [{"network": name, "paper": paper, "runs": []} | options for name, options, paper in ROWS]
-    strips = {}
-    for seed in range(first, first + seeds):
-        for row in table:
-            options, folder, result = compare_row(args, row, seed, out, device)
-            row["runs"].append(result)
-            write_table(out, table)
-            say_row(row)
-            run = load_painter(folder / "best.pt", device)
-            training, validation = load_split(options)
-            mask = data.center_hole(options["res"], options["hole"]).to(device)
-            image = validation[:6].to(device).float() / 255
-            label = f"{row['network']}\n{row['loss'].replace('+', ' + ')}\n{row['act']}"
-            strips.setdefault(label, restore(paint(run, image, mask), image, mask))
+    work = []
+    for seed, row in itertools.product(range(first, first + (args.seeds or 1)), table):
+        options = compare_options(args, row, seed)
+        folder = out / f"{Path(default_folder(options)).name}-depth{options['depth']}-seed{seed}"
+        if (folder / "last.pt").exists():
+            check_same(options, read_checkpoint(folder / "last.pt", torch.device("cpu"))["options"], folder)
+        work.append((row, options, folder))
+    training, validation = load_split(options)
+    mask = data.center_hole(options["res"], options["hole"]).to(device)
+    image, strips = validation[:6].to(device).float() / 255, {}
+    say_line("| " + " | ".join(COLUMNS) + " |")
+    for row, options, folder in work:
+        train(options, folder, (folder / "last.pt").exists(), device, args.compile)
+        wait_for_all()
+        run, config = load_painter(folder / "best.pt", device), json.loads((folder / "config.json").read_text())
+        state = read_checkpoint(folder / "last.pt", torch.device("cpu"))
+        row["runs"].append(state["best"] | {"parameters": config["parameters"]["generator"], "minutes": state["rows"][-1]["seconds"] / 60})
+        label = f"{row['network']}\n{row['loss'].replace('+', ' + ')}\n{row['act']}"
+        strips.setdefault(label, restore(paint(run, image, mask), image, mask))
+        write_table(out, table, row)
     for name, painter in methods_without_training(training, mask).items():
         began = time.time()
-        result = validate(painter, validation, mask) | {"minutes": (time.time() - began) / 60, "parameters": 0}
-        table.append({"network": name, "loss": "", "act": "", "paper": None, "runs": [result]})
+        result = validate(painter, validation, mask)
+        row = {"network": name, "loss": "", "act": "", "paper": None, "runs": [result | {"minutes": (time.time() - began) / 60, "parameters": 0}]}
+        table.append(row)
         strips[name.replace(" ", "\n")] = restore(painter(image), image, mask)
-        write_table(out, table)
-        say_row(table[-1])
+        write_table(out, table, row)
     strips = {"original": image, "damaged": data.damage(image, mask)} | strips
     if rank_and_world()[0] == 0:
         data.save(out / "comparison.png", data.png(data.grid(list(strips.items()), upright=True)))
         print(f"{out}/table.md and {out}/comparison.png are written")
-
-
-def compare_row(args: argparse.Namespace, row: dict, seed: int, out: Path, device: torch.device):
-    """(options, folder, result) of one training: read if it is finished, gone on with if it was stopped."""
-    asked = argparse.Namespace(**vars(args) | {name: row[name] for name in ("model", "loss", "act", "depth") if name in row})
-    asked.res, asked.seed = args.res or 64, seed
-    options = training_options(asked)
-    folder = out / f"{Path(default_folder(options)).name}-depth{options['depth']}-seed{seed}"
-    state = read_checkpoint(folder / "last.pt", torch.device("cpu")) if (folder / "last.pt").exists() else None
-    if state:
-        for name, stored in state["options"].items():
-            if options[name] != stored:
-                raise InputError(f"--{name} {options[name]} contradicts {stored} of the row in {folder}: give the same options, or another --out")
-    if not state or state["epoch"] < options["epochs"]:
-        train(options, folder, bool(state), device, args.compile)
-        wait_for_all()
-        state = read_checkpoint(folder / "last.pt", torch.device("cpu"))
-    config = json.loads((folder / "config.json").read_text())
-    result = {"parameters": config["parameters"]["generator"], "minutes": state["rows"][-1]["seconds"] / 60}
-    return options, folder, state["best"] | result
 
 
 def table_row(row: dict) -> dict:
@@ -830,24 +872,20 @@ def table_row(row: dict) -> dict:
     return cells | {"paper": f"{row['paper']:.3f}" if row["paper"] else ""}
 
 
-def say_row(row: dict) -> None:
-    """The table, printed as it fills."""
+def say_line(line: str) -> None:
+    """A line on the screen, from the first process only."""
     if rank_and_world()[0] == 0:
-        print("| " + " | ".join(table_row(row).values()) + " |", flush=True)
+        print(line, flush=True)
 
 
-def write_table(out: Path, table: list[dict]) -> None:
-    """table.md and table.csv with the rows that have a run."""
-    if rank_and_world()[0] != 0:
-        return
-    rows = [table_row(row) for row in table if row["runs"]]
-    lines = ["| " + " | ".join(line) + " |" for line in (COLUMNS, ["---"] * len(COLUMNS), *(row.values() for row in rows))]
-    data.save(out / "table.md", ("\n".join(lines) + "\n").encode())
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    data.save(out / "table.csv", text.getvalue().encode())
+def write_table(out: Path, table: list[dict], news: dict) -> None:
+    """table.md and table.csv with the rows that have a run; the new one is printed."""
+    say_line("| " + " | ".join(table_row(news).values()) + " |")
+    if rank_and_world()[0] == 0:
+        rows = [table_row(row) for row in table if row["runs"]]
+        lines = ["| " + " | ".join(line) + " |" for line in (COLUMNS, ["---"] * len(COLUMNS), *(row.values() for row in rows))]
+        data.save(out / "table.md", ("\n".join(lines) + "\n").encode())
+        data.save(out / "table.csv", to_csv(rows))
 
 
 # --- Restoring your own photo ---------------------------------------------------------------------
@@ -892,14 +930,20 @@ def fill(run: Run, photo: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
     side = math.ceil(max(bottom - top, right - left) * res / round(res * run.options["hole"]))
     y0, x0 = (top + bottom - side) // 2, (left + right - side) // 2
-    y, x = torch.arange(y0, y0 + side).clamp(0, height - 1), torch.arange(x0, x0 + side).clamp(0, width - 1)
-    region, hole = photo[:, y][:, :, x][None], mask[:, y][:, :, x][None]  # (1, 3, side, side), (1, 1, side, side)
+    n = min(side, 8 * res)  # of a huge square every few pixels are enough
+    pick = ((torch.arange(n) + 0.5) * side / n).floor().long()
+    y, x = (y0 + pick).clamp(0, height - 1), (x0 + pick).clamp(0, width - 1)
+    hole = mask[:, y][:, :, x][None]  # (1, 1, n, n)
     share = resize(1 - hole, res)  # how much of each small pixel is known: only that gives it its colour
-    small = (resize(region * (1 - hole), res) / share.clamp(min=1e-6)).clamp(0, 1)
-    painted = resize(paint(run, small.to(run.device), (share < 0.5).float().to(run.device)).cpu(), side)
+    small = resize(photo[:, y][:, :, x][None] * (1 - hole), res).div_(share.clamp(min=1e-6)).clamp_(0, 1)
+    hole = (share < 0.5).float()
+    painted = paint(run, small.to(run.device), hole.to(run.device)).cpu()
+    painted = models.harmonic(painted, 1 - hole)  # what lies beyond its hole is carried on from inside
     # Back in the photo: the hole's bounding box, with one known pixel around it where there is one.
     top, bottom, left, right = max(0, top - 1), min(height, bottom + 1), max(0, left - 1), min(width, right + 1)
-    painted = painted[..., top - y0 : bottom - y0, left - x0 : right - x0]
+    down, across = ((torch.arange(*ends) + 0.5 - start) / side * 2 - 1 for ends, start in (((top, bottom), y0), ((left, right), x0)))
+    places = torch.stack(torch.meshgrid(across, down, indexing="xy"), -1)[None]  # (1, h, w, 2), each from -1 to 1
+    painted = torch.nn.functional.grid_sample(painted, places, padding_mode="border", align_corners=False)
     known, hole = photo[None, :, top:bottom, left:right], mask[None, :, top:bottom, left:right]
     joined = painted + models.harmonic((known - painted) * (1 - hole), hole)
     result = photo.clone()
@@ -918,7 +962,8 @@ def restore_photo(run: Run, file: Path, mask_file: str | None, out: Path) -> Non
         n += 1
         name = f"{file.stem}-{n}"
     picture = data.to_picture(restored)
-    picture.info["icc_profile"] = photo.info.get("icc_profile")  # the same colours on the same screen
+    profile = photo.info.get("icc_profile") or b""
+    picture.info["icc_profile"] = profile if profile[16:20] == b"RGB " else None  # the same colours on the same screen
     out.mkdir(parents=True, exist_ok=True)
     data.save(out / f"{name}-restored.png", data.png(picture))
     parts = {"damaged": data.to_picture(data.damage(image, mask)), "restored": picture} | ({} if mask_file else {"original": photo})
@@ -962,36 +1007,55 @@ def processes(device_name: str):
             dist.destroy_process_group()
 
 
-def run_command(args: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
-    if args.evaluate:
-        return evaluate(args)
-    if args.restore:
-        return restore_photos(args)
-    with processes(args.device):
-        if args.compare:
-            return compare(args)
-        options = training_options(args)
-        folder = choose_folder(args, options)
+def check_jobs(args: argparse.Namespace) -> None:
+    """InputError for two jobs at once, or an option of a job that is not asked for: no option may do nothing."""
+    jobs = [job for job in ("evaluate", "restore", "compare") if getattr(args, job)]
+    if len(jobs) > 1:
+        raise InputError(f"--{jobs[0]} and --{jobs[1]} are two jobs: give one of them")
+    for option, job in (("json", "evaluate"), ("checkpoint", "restore"), ("mask", "restore"), ("seeds", "compare")):
+        if getattr(args, option) and job not in jobs:
+            raise InputError(f"--{option} goes with --{job} only: leave it out, or add --{job}")
+
+
+def train_command(args: argparse.Namespace) -> None:
+    """Train a new run, or go on with one."""
+    options = training_options(args)
+    rank, world = rank_and_world()
+    chosen = [choose_folder(args, options) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(chosen)
+    args.out = folder = chosen[0]  # for the message after Ctrl-C
+    try:
         if args.resume:
             options = stored_options(folder, args)
-        args.out = folder  # for the message after Ctrl-C
         best = train(options, folder, args.resume, choose_device(args.device), args.compile)
-        if rank_and_world()[0] == 0:
-            print(f"{folder}/grid.png shows the faces; psnr_hole {best['psnr_hole']:.2f}, psnr_output {best['psnr_output']:.2f} dB")
+    except InputError:
+        if rank == 0 and not (folder / "last.pt").exists() and not args.resume:
+            leave_nothing(folder)
+        raise
+    say_line(f"{folder}/grid.png shows the faces; psnr_hole {best['psnr_hole']:.2f}, psnr_output {best['psnr_output']:.2f} dB" if rank == 0 else "")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The program: a mistake of the user ends in one line and exit code 2, Ctrl-C in 130."""
     args = parser().parse_args(argv)
     try:
-        run_command(args)
+        check_jobs(args)
+        if args.evaluate:
+            evaluate(args)
+        elif args.restore:
+            restore_photos(args)
+        else:
+            with processes(args.device):
+                compare(args) if args.compare else train_command(args)
     except InputError as error:
         stop(str(error), 2)
     except OSError as error:
         stop(f"cannot read or write ({error}): what was saved before is whole; make room or name another folder", 2)
     except KeyboardInterrupt:
-        stop(f"stopped; go on from the last epoch with: python inpaint.py --resume --out {args.out}" if args.out else "stopped", 130)
+        training = not args.compare and args.out and Path(args.out, "config.json").exists()
+        resume = f"from the last epoch with: python inpaint.py --resume --out {shlex.quote(str(args.out))}"
+        stop("stopped; go on " + (resume if training else "with the same command"), 130)
 
 
 def stop(message: str, code: int) -> None:

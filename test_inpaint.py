@@ -528,6 +528,23 @@ def test_the_gradient_of_ssim_is_right_and_finite_on_flat_pictures():
         assert torch.isfinite(flat.grad).all()
 
 
+def test_ssim_and_its_gradient_are_those_of_a_plain_convolution_on_large_pictures():
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(2, 3, 90, 150, generator=g, dtype=torch.float64) for _ in range(2))
+    line = losses.gaussian_window()
+    window = torch.outer(line, line).expand(3, 1, 11, 11)
+
+    def plain(x, y):
+        mx, my, xx, yy, xy = (F.conv2d(z, window, groups=3) for z in (x, y, x * x, y * y, x * y))
+        top = (2 * mx * my + 1e-4) * (2 * (xy - mx * my) + 9e-4)
+        return (top / ((mx**2 + my**2 + 1e-4) * (xx - mx**2 + yy - my**2 + 9e-4))).mean((1, 2, 3))
+
+    for way in ((x.clone().requires_grad_(), y), (x, y.clone().requires_grad_())):
+        (ours,) = torch.autograd.grad(losses.ssim(*way).sum(), [z for z in way if z.requires_grad])
+        (theirs,) = torch.autograd.grad(plain(*way).sum(), [z for z in way if z.requires_grad])
+        assert torch.allclose(losses.ssim(*way), plain(*way), atol=1e-12) and torch.allclose(ours, theirs, atol=1e-12)
+
+
 def test_ssim_refuses_pictures_smaller_than_its_window_and_other_shapes():
     with pytest.raises(ValueError, match="11 x 11"):
         losses.ssim(torch.rand(1, 3, 10, 64), torch.rand(1, 3, 10, 64))
@@ -632,13 +649,14 @@ def small_batch(count=8, res=32):
 
 def test_one_batch_of_32_faces_is_overfitted():
     image, mask = small_batch(32)
-    run = inpaint.build(options_for(width=16, lr=4e-3), CPU)
-    for _ in range(150):
+    run = inpaint.build(options_for(width=16), CPU)
+    for step in range(150):
+        run.optimizers["generator"].param_groups[0]["lr"] = inpaint.learning_rate(2e-3, step, 150)
         inpaint.training_step(run, image, mask)
     run.generator.eval()
     with torch.no_grad():
         output = run.generator(data.damage(image, mask), mask)
-    assert losses.psnr(output, image, mask).mean() > 26, "a network that cannot learn 32 faces by heart has a bug"
+    assert losses.psnr(output, image, mask).mean() > 25, "a network that cannot learn 32 faces by heart has a bug"
 
 
 @pytest.mark.parametrize("loss", ["adversarial", "100*l1+adversarial", "l1", "mse+dssim"])
@@ -793,6 +811,31 @@ def test_a_run_that_was_stopped_and_resumed_ends_bit_for_bit_like_one_that_was_n
         assert all(torch.equal(value, halved[part][name]) for name, value in whole.get(part, {}).items()), part
 
 
+def test_weights_that_are_not_finite_are_never_saved(monkeypatch, capsys):
+    update, count = inpaint.update, itertools.count()
+
+    def poisoned(optimizer, loss):
+        update(optimizer, loss)
+        if next(count) == 7:  # the last step of the first epoch is the fourth, of two updates each
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].fill_(math.inf)
+
+    monkeypatch.setattr(inpaint, "update", poisoned)
+    assert command("--model", "gan", "--epochs", 2, "--out", "run", *TINY) == 2
+    assert "a weight (" in capsys.readouterr().err
+    assert inpaint.read_checkpoint("run/last.pt", CPU)["epoch"] == 0
+
+
+def test_more_epochs_are_not_forgotten_by_a_resume_that_is_stopped_at_once(tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    step = inpaint.training_step
+    monkeypatch.setattr(inpaint, "training_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert command("--resume", "--out", "run", "--epochs", 3, "--device", "cpu") == 130
+    monkeypatch.setattr(inpaint, "training_step", step)
+    assert command("--resume", "--out", "run", "--device", "cpu") == 0
+    assert len(read_csv("run/log.csv")) == 3
+
+
 def test_resume_takes_more_epochs_and_keeps_every_frame(tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "run")
     assert command("--resume", "--out", "run", "--epochs", 3, "--device", "cpu") == 0
@@ -836,6 +879,14 @@ def test_a_data_set_of_ten_pictures_and_a_batch_larger_than_it_train(tmp_path):
     assert json.loads(Path("run/results.json").read_text())["pictures"] == 2
 
 
+@slow
+def test_compiled_networks_train_to_the_same_figures():
+    for name, extra in (("plain", []), ("compiled", ["--compile"])):
+        assert command("--model", "gan", "--epochs", 1, "--out", name, *extra, *TINY) == 0
+    plain, compiled = (json.loads(Path(name, "results.json").read_text())["psnr_hole"] for name in ("plain", "compiled"))
+    assert abs(plain - compiled) < 0.1
+
+
 def test_bfloat16_trains_and_its_metrics_are_float32(capsys):
     assert command("--epochs", 1, "--out", "run", "--precision", "bfloat16", *TINY) == 0
     assert math.isfinite(json.loads(Path("run/results.json").read_text())["psnr_hole"])
@@ -846,23 +897,25 @@ def test_bfloat16_trains_and_its_metrics_are_float32(capsys):
 
 def test_compare_fills_the_table_and_goes_on_where_it_was_stopped(monkeypatch, capsys):
     words = ["--compare", "--epochs", 1, "--width", 4, "--batch", 8, "--res", 32, "--device", "cpu", "--out", "cmp"]
-    monkeypatch.setattr(inpaint, "ROWS", [row for row in inpaint.ROWS if "deeper" not in row[0]])  # 32 px have 5 levels
-    train, started = inpaint.train, []
+    step, count = inpaint.training_step, itertools.count()
 
-    def stopped_in_the_third(options, folder, *rest):
-        started.append(folder)
-        if len(started) == 3:
+    def stopped_in_the_third(run, image, mask):
+        if next(count) == 10:  # four steps a row
             raise KeyboardInterrupt
-        return train(options, folder, *rest)
+        return step(run, image, mask)
 
-    monkeypatch.setattr(inpaint, "train", stopped_in_the_third)
+    monkeypatch.setattr(inpaint, "training_step", stopped_in_the_third)
     assert command(*words) == 130
+    assert "with the same command" in capsys.readouterr().err
+    first = Path("cmp/unet-l1-relu-32-depth5-seed0/best.pt").stat().st_mtime_ns
     assert Path("cmp/table.md").read_text().count("U-Net") == 2
-    assert command(*words) == 0
-    assert len(started) == len(set(started)) + 1, "only the third row was started twice"
+    assert command(*words) == 0 and next(count) == 11 + 4 * 5, "finished rows are not trained again"
+    assert Path("cmp/unet-l1-relu-32-depth5-seed0/best.pt").stat().st_mtime_ns == first
+    steps = [read_csv(file)[-1]["step"] for file in Path("cmp").glob("*/log.csv")]
+    assert len(set(steps)) == 1, "no row was trained more than once"
     table = read_csv("cmp/table.csv")
     assert [row["network"] for row in table][-4:] == ["white hole", "harmonic diffusion", "mean face", "nearest face"]
-    assert len(table) == 7 + 4 and all(float(row["psnr_hole"]) > 0 for row in table)
+    assert len(table) == 8 + 4 and all(float(row["psnr_hole"]) > 0 for row in table)
     assert table[0]["paper"] == "6.178" and Path("cmp/comparison.png").exists()
     capsys.readouterr()
     assert command(*words[:-1], "cmp", "--epochs", 2) == 2
@@ -1056,7 +1109,7 @@ class Evil:
 
 
 @pytest.fixture
-def traps(tmp_path, tiny_run):
+def traps(tmp_path, tiny_run, monkeypatch):
     """Every wrong input that the table below names, in the working directory."""
     write_photos(tmp_path / "good", 4, 40)
     (tmp_path / "empty").mkdir()
@@ -1088,6 +1141,7 @@ def traps(tmp_path, tiny_run):
     torch.save(state | {"kind": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Evil()))
     shutil.copytree(tiny_run, tmp_path / "run")
+    monkeypatch.setattr(data, "SYNTHETIC", 30)
     Image.new("L", (40, 40), 0).save(tmp_path / "black.png")
     Image.new("L", (40, 40), 255).save(tmp_path / "white.png")
     save_mask(tmp_path / "wide.png", (80, 40), (10, 10, 20, 20))
@@ -1180,6 +1234,10 @@ REFUSED = {
     "a mask that is no picture": (f"{PHOTO} --mask file", "--mask file"),
     "a mask that does not exist": (f"{PHOTO} --mask nowhere.png", "nowhere.png"),
     "restored photos into a file": (f"{PHOTO} --out file", "--out"),
+    "two jobs at once": ("--compare --evaluate best.pt", "two jobs"),
+    "a mask without a photo": ("--mask mask.png", "goes with --restore only"),
+    "json into no folder": ("--evaluate best.pt --json nowhere/a.json", "no folder"),
+    "resume with other pictures": ("--resume --out run --epochs 3", "start it as before"),
     "compare with a model": ("--compare --model gan", "--model does not go with --compare"),
     "seeds 0": ("--compare --seeds 0", "--seeds"),
 }  # fmt: skip
@@ -1253,9 +1311,10 @@ def test_a_run_killed_at_random_moments_goes_on_each_time(kills, tmp_path):
 
 def test_two_runs_started_together_end_well_with_one_cache_and_two_folders(tmp_path):
     write_photos(tmp_path / "photos", 60, 64)
-    runs = [start("--data", "photos", "--epochs", 1, "--out", name, *TINY) for name in ("a", "b")]
+    runs = [start("--data", "photos", "--epochs", 1, *TINY) for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0], [run.stderr.read() for run in runs]
-    assert Path("a/results.json").read_bytes() == Path("b/results.json").read_bytes()
+    assert {folder.name for folder in Path("runs").iterdir()} == {"unet-l1-relu-32", "unet-l1-relu-32-2"}
+    assert len({file.read_bytes() for file in Path("runs").glob("*/results.json")}) == 1
     assert [file.suffix for file in Path("cache").iterdir()] == [".u8"]
 
 
@@ -1466,7 +1525,7 @@ def compare_training(folder, device, steps=24):
             finish(device)
 
         def loop(run=run, training=training, batch=batch):
-            inpaint.train_epoch(run, training, batch, 10**9)
+            inpaint.train_epoch(run, training, batch)
 
         def learner(naive=naive, loader=loader, mask=mask):
             for image in itertools.islice(loader, steps):
