@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     t = p.add_argument_group("training")
     t.add_argument("--epochs", type=COUNT, metavar="N", help="times through the training pictures; the learning rate falls to 0 over them; default 20")
     t.add_argument("--batch", type=COUNT, metavar="N", help="pictures a step, for each process; raise to 256 on a GPU, and --lr with it; default 32 (unet) or 64 (gan)")
-    t.add_argument("--lr", type=number(float, 1e-12, 10, "a number above 0"), metavar="X", help="learning rate of Adam at the start; default 0.002, with adversarial 0.0002")
+    t.add_argument("--lr", type=number(float, 1e-12, 10, "a number above 0"), metavar="X", help="learning rate of Adam at the start; the discriminator's is at most 0.0002; default 0.002, for adversarial alone 0.0002")
     t.add_argument("--seed", type=number(int, 0, 2**31, "a whole number from 0 up"), metavar="N", help="of weights and order; default 0")
     r = p.add_argument_group("running")
     r.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto: a GPU if there is one")
@@ -135,7 +135,7 @@ def training_options(args: argparse.Namespace) -> dict:
     model = args.model or "unet"
     options = {"model": model} | COMMON | DEFAULTS[model]
     options |= {name: given[name] for name in [*options, "lr"] if given[name] is not None}
-    options.setdefault("lr", 2e-4 if "adversarial" in losses.parse_loss(options["loss"]) else 2e-3)
+    options.setdefault("lr", 2e-4 if set(losses.parse_loss(options["loss"])) == {"adversarial"} else 2e-3)
     check_options(options)
     return options
 
@@ -208,6 +208,7 @@ def average_buffers(network: torch.nn.Module) -> None:
 # --- What is trained ------------------------------------------------------------------------------
 
 WEIGHT_DECAY = 0.05  # of the networks that only reconstruct: a little against learning the faces by heart
+JUDGE_RATE = 2e-4  # DCGAN's learning rate; a discriminator that learns faster wins before the painter can paint
 SMOOTH = 0.1  # real pictures are to be judged 0.9 real: keeps the discriminator from certainty
 
 
@@ -653,8 +654,9 @@ def train_epoch(run: Run, training: torch.Tensor, batch: int) -> dict[str, float
     order, flip, boxes = draw_epoch(options, run.epoch, len(training), steps * batch)
     boxes = boxes.to(run.device)
     for i, image in enumerate(data.batches(training, batch, order, flip, run.device)):
-        for optimizer in run.optimizers.values():
-            optimizer.param_groups[0]["lr"] = learning_rate(options["lr"], run.epoch * steps + i, total)
+        for name, optimizer in run.optimizers.items():
+            highest = options["lr"] if name == "generator" else min(options["lr"], JUDGE_RATE)
+            optimizer.param_groups[0]["lr"] = learning_rate(highest, run.epoch * steps + i, total)
         report = training_step(run, image, data.box_mask(boxes[i * batch : (i + 1) * batch], options["res"]))
         sums = {name: sums.get(name, 0) + value for name, value in report.items()}
         if time.time() - shown > 1:
@@ -783,31 +785,14 @@ ROWS = [
 COLUMNS = ["network", "loss", "activation", "parameters", "minutes", *METRICS[:1], METRICS[2], METRICS[1], METRICS[3], "paper"]
 
 
-def nearest_face(image: torch.Tensor, mask: torch.Tensor, training: torch.Tensor, part: int = 512) -> torch.Tensor:
-    """For each image (B, 3, H, W) the training picture (uint8 (N, 3, H, W)) whose known pixels are nearest, whole.
-
-    |a - b|^2 = |a|^2 - 2 a b + |b|^2, a part of the training set at a time: the paper's "memory" (section 4).
-    """
-    known = (mask == 0).expand(1, *image.shape[1:])[0].flatten()
-    ours = image.flatten(1)[:, known]  # (B, known values)
-    best = torch.full((len(image),), torch.inf, device=image.device)
-    found = torch.zeros(len(image), dtype=torch.long, device=image.device)
-    for start in range(0, len(training), part):
-        theirs = training[start : start + part].to(image.device).flatten(1)[:, known].float() / 255
-        distance, place = (theirs.square().sum(1) - 2 * ours @ theirs.T).min(1)
-        found = torch.where(distance < best, place + start, found)
-        best = torch.minimum(distance, best)
-    return training[found.to(training.device)].to(image.device).float() / 255
-
-
 def methods_without_training(training: torch.Tensor, mask: torch.Tensor) -> dict:
     """{name: painter(images)}: what there is to beat."""
-    mean = sum(part.double().sum(0) for part in training.split(1000)).float()[None].to(mask.device) / 255 / len(training)
+    mean = models.mean_face(training).to(mask.device)
     return {
         "white hole": lambda image: data.damage(image, mask),
         "harmonic diffusion": lambda image: models.harmonic(data.damage(image, mask), mask),
         "mean face": lambda image: mean.expand_as(image),
-        "nearest face": lambda image: nearest_face(image, mask, training),
+        "nearest face": lambda image: models.nearest_face(image, mask, training),
     }
 
 

@@ -132,7 +132,7 @@ def dcgan_init(network: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-# --- With no network: harmonic diffusion ----------------------------------------------------------
+# --- With no network: diffusion, and memory -------------------------------------------------------
 
 
 def _laplacian(x: torch.Tensor) -> torch.Tensor:
@@ -169,3 +169,27 @@ def harmonic(image: torch.Tensor, mask: torch.Tensor, rounds: int = 40) -> torch
         size, before = rest.square().sum((2, 3), keepdim=True), size
         step = rest + size / before.clamp(min=1e-20) * step
     return filled
+
+
+def mean_face(training: torch.Tensor) -> torch.Tensor:
+    """The mean of the training pictures, uint8 (N, 3, H, W) -> float (1, 3, H, W) in [0, 1]."""
+    total = sum(part.double().sum(0, keepdim=True) for part in training.split(1000))
+    return (total / len(training) / 255).float()
+
+
+def nearest_face(image: torch.Tensor, mask: torch.Tensor, training: torch.Tensor, part: int = 512) -> torch.Tensor:
+    """For each image (B, 3, H, W) the training picture whose known pixels are nearest, whole: the paper's "memory" (section 4).
+
+    mask (1, 1, H, W); training uint8 (N, 3, H, W), taken a part at a time. |a - b|^2 = |a|^2 - 2 a b + |b|^2, and
+    |a|^2 is the same for all b.
+    """
+    known = (mask[0] == 0).expand(image.shape[1:]).flatten()
+    ours = image.flatten(1)[:, known]  # (B, known values)
+    best, found = [], []
+    for theirs in training.split(part):
+        theirs = theirs.to(image.device).flatten(1)[:, known].float() / 255
+        distance, place = (theirs.square().sum(1) - 2 * ours @ theirs.T).min(1)
+        best.append(distance)
+        found.append(place + part * len(found))
+    chosen = torch.stack(found).gather(0, torch.stack(best).argmin(0, keepdim=True))[0]
+    return training[chosen.to(training.device)].to(image.device).float() / 255

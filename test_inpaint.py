@@ -880,6 +880,15 @@ def test_a_data_set_of_ten_pictures_and_a_batch_larger_than_it_train(tmp_path):
 
 
 @slow
+def test_a_run_needs_at_most_the_data_and_2_gb_of_memory(tmp_path):
+    import resource
+
+    whole = [sys.executable, str(HERE / "inpaint.py"), "--model", "unet", "--res", "64", "--epochs", "1", "--device", "cpu"]
+    assert subprocess.run(whole, check=False).returncode == 0
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 5000 * 3 * 64 * 64 + 2 * 2**30
+
+
+@slow
 def test_compiled_networks_train_to_the_same_figures():
     for name, extra in (("plain", []), ("compiled", ["--compile"])):
         assert command("--model", "gan", "--epochs", 1, "--out", name, *extra, *TINY) == 0
@@ -935,7 +944,7 @@ def test_the_nearest_face_is_found_by_the_known_pixels_alone(faces):
     pixels, mask = (faces * 255).round().to(torch.uint8), data.center_hole(64, 0.3)
     image = pixels[[3, 17, 9]].float() / 255
     changed = image * (1 - mask) + mask * torch.rand_like(image)
-    assert torch.equal(inpaint.nearest_face(changed, mask, pixels, part=7), image)
+    assert torch.equal(models.nearest_face(changed, mask, pixels, part=7), image)
 
 
 # === inpaint.py: your own photo ===================================================================
@@ -1538,18 +1547,29 @@ def compare_training(folder, device, steps=24):
         print(f"         the loop reaches {found['our loop'] / found['bare step']:.1%} of the bare step, {found['our loop'] / found['DataLoader, float32']:.2f} times the DataLoader")
 
 
-def compare_sizes(device, steps=3):
+def one_size(device, change, steps=3):
+    """(milliseconds a picture, peak memory in MB) of the U-Net's step with 16 pictures, in a process of its own."""
+    import resource
+
+    run, res = bench_run("unet", device, **change), change["res"]
+    image = torch.rand(16, 3, res, res, device=device).contiguous(memory_format=torch.channels_last)
+    mask = data.center_hole(res, 0.3).to(device)
+    ms = median_ms({"step": lambda: (inpaint.training_step(run, image, mask), finish(device))}, steps)["step"]
+    on_gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return ms / 16, (on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**20
+
+
+def compare_sizes(device):
     """How the U-Net's cost grows."""
-    print("\nU-Net, one step of 16 pictures      ms a picture")
-    for name, changes in {"resolution": [{"res": r, "width": 24} for r in (64, 128, 256)], "width": [{"res": 64, "width": w} for w in (12, 24, 48)]}.items():
+    print("\nU-Net, one step of 16 pictures      ms a picture, and peak memory of the process")
+    context = torch.multiprocessing.get_context("spawn")
+    for name, changes in {"res": [{"res": r, "width": 24} for r in (64, 128, 256)], "width": [{"res": 64, "width": w} for w in (12, 24, 48)]}.items():
         cells = []
         for change in changes:
-            run, res = bench_run("unet", device, **change), change["res"]
-            image = torch.rand(16, 3, res, res, device=device).contiguous(memory_format=torch.channels_last)
-            mask = data.center_hole(res, 0.3).to(device)
-            ms = median_ms({"step": lambda run=run, image=image, mask=mask: (inpaint.training_step(run, image, mask), finish(device))}, steps)["step"]
-            cells.append(f"{change[name if name == 'width' else 'res']}: {ms / 16:.1f}")
-        print(f"  by {name:<12}", "   ".join(cells))
+            with context.Pool(1) as pool:
+                ms, memory = pool.apply(one_size, (device, change))
+            cells.append(f"{change[name]}: {ms:.1f} ms, {memory:.0f} MB")
+        print(f"  by {name:<6}", "   ".join(cells))
 
 
 def benchmark():
