@@ -482,8 +482,15 @@ def numbered(name: str) -> list[Path]:
     return found
 
 
-def choose_folder(args: argparse.Namespace, options: dict) -> Path:
-    """Where to write: --out, or a new folder of the default name, made here so that no other run can take it.
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder that is not there yet and those above it -> what was made, so that a mistake can leave nothing."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True)
+    return new
+
+
+def choose_folder(args: argparse.Namespace, options: dict) -> tuple[Path, list[Path]]:
+    """(where to write, the folders made for it): --out, or the default name, numbered, that no other run can take then.
 
     InputError if it cannot be written to, already holds a run or, with --resume, holds none.
     """
@@ -493,27 +500,17 @@ def choose_folder(args: argparse.Namespace, options: dict) -> Path:
         folder = Path(args.out) if args.out else last
         if not (folder / "config.json").is_file():
             raise InputError(f"--resume: there is no run in {folder}; name its folder with --out, or start without --resume")
-        return folder
+        return folder, []
     folder = Path(args.out or name)
     if args.out and (folder / "config.json").exists():
         raise InputError(f"--out {folder} already holds a run: go on with it by --resume, or name another folder")
     check_writable(folder)
     if args.out:
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return folder, [] if folder.exists() else make_folder(folder)
     while True:
         folder = numbered(name)[-1]
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder
-
-
-def leave_nothing(folder: Path) -> None:
-    """Undo choose_folder, after a mistake that was found too late: remove the folder, and its parent, if empty."""
-    (folder / "config.json").unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-        folder.parent.rmdir()
+            return folder, make_folder(folder)
 
 
 def check_writable(folder: Path) -> None:
@@ -1009,14 +1006,18 @@ def train_command(args: argparse.Namespace) -> None:
     chosen = [choose_folder(args, options) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(chosen)
-    args.out = folder = chosen[0]  # for the message after Ctrl-C
+    folder, made = chosen[0]
+    args.out = folder  # for the message after Ctrl-C
     try:
         if args.resume:
             options = stored_options(folder, args)
         best = train(options, folder, args.resume, choose_device(args.device), args.compile)
     except InputError:
-        if rank == 0 and not (folder / "last.pt").exists() and not args.resume:
-            leave_nothing(folder)
+        if rank == 0 and not args.resume and not (folder / "last.pt").exists():  # a mistake leaves nothing behind
+            (folder / "config.json").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                for path in made:
+                    path.rmdir()
         raise
     say_line(f"{folder}/grid.png shows the faces; psnr_hole {best['psnr_hole']:.2f}, psnr_output {best['psnr_output']:.2f} dB" if rank == 0 else "")
 
