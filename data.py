@@ -118,7 +118,8 @@ def open_photo(file, shortest: int | None = None) -> Image.Image:
         if shortest and min(width, height) >= 2 * shortest:
             scale = shortest / min(width, height)
             picture.draft(None, (int(width * scale), int(height * scale)))
-        return to_rgb(ImageOps.exif_transpose(picture))
+        ImageOps.exif_transpose(picture, in_place=True)
+        return to_rgb(picture)
     except InputError:
         raise
     except Exception as error:  # a broken file can raise anything: OSError, SyntaxError, struct.error, ...
@@ -226,7 +227,7 @@ def _decode_all(path: Path, found: list[tuple], res: int, scratch: str) -> np.nd
                 process.start()
         status, began = np.memmap(scratch, np.uint8, "r")[-len(names) :], time.time()
         while any(process.is_alive() for process in work):
-            work[-1].join(0.2)
+            work[-1].join(0.05)
             rate = (done := int(np.count_nonzero(status))) / (time.time() - began)
             progress(f"reading {path.name}: {done}/{len(names)} pictures, {rate:.0f}/s{time_left(len(names) - done, rate)}")
         progress(None)

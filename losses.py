@@ -57,7 +57,7 @@ def _band(windows: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
     return torch.where(inside, gaussian_window()[places.clamp(0, TAPS - 1)], 0.0).to(device, dtype)
 
 
-def _pieces(windows: int, like: torch.Tensor, most: int = 64):
+def _pieces(windows: int, like: torch.Tensor, most: int = 40):
     """Yield (start, count, band): a long axis is cut, for a band is mostly zeros and the zeros cost time too."""
     for start in range(0, windows, most):
         count = min(most, windows - start)
