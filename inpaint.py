@@ -44,12 +44,12 @@ from data import InputError
 
 # The paper's two networks. Only defaults: what trains is decided by the terms of --loss.
 DEFAULTS = {
-    "unet": {"res": 128, "loss": "l1", "depth": 5, "batch": 32},
-    "gan": {"res": 64, "loss": "adversarial", "depth": 4, "batch": 64},
+    "unet": {"res": 128, "loss": "l1", "depth": 5, "batch": 32, "epochs": 20},
+    "gan": {"res": 64, "loss": "adversarial", "depth": 4, "batch": 64, "epochs": 12},
 }
 COMMON = {
     "act": "relu", "hole_weight": 10.0, "data": "synthetic", "hole": 0.3, "hole_at": "center", "val": 0.2,
-    "epochs": 20, "width": 24, "seed": 0, "precision": "auto",
+    "width": 24, "seed": 0, "precision": "auto",
 }  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--compare", action="store_true", help="train all rows of the paper's table 1, and more")
     job.add_argument("--seeds", type=number(int, 1, 100, "a whole number from 1 to 100"), metavar="K", help="with --compare: train each row K times; default 1")
     what = p.add_argument_group("what to train")
-    what.add_argument("--model", choices=DEFAULTS, help="the paper's network: sets the defaults of --res, --loss, --depth and --batch; default unet")
+    what.add_argument("--model", choices=DEFAULTS, help="the paper's network: sets the defaults of --res, --loss, --depth, --batch and --epochs; default unet")
     what.add_argument("--act", choices=models.ACTIVATIONS, help="activation function; default relu")
     what.add_argument("--loss", type=loss_terms, metavar="TERMS", help="a sum of l1, mse, dssim, adversarial, as in 100*l1+adversarial; any with adversarial has a discriminator; default l1 (unet) or adversarial (gan)")
     what.add_argument("--hole-weight", type=number(float, 1e-3, 1e6, "a number above 0"), metavar="X", help="l1 and mse count pixels in the hole X times (the paper: 1); default 10")
@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     d.add_argument("--hole-at", choices=["center", "random"], help="random: for photos with holes elsewhere; half of the holes are in the centre still; default center")
     d.add_argument("--val", type=number(float, 1e-6, 1, "a number above 0 and below 1 (1 with --evaluate)"), metavar="F", help="share of the pictures, the last by name, that validates; default 0.2")
     t = p.add_argument_group("training")
-    t.add_argument("--epochs", type=COUNT, metavar="N", help="times through the training pictures; the learning rate falls to 0 over them; default 20")
+    t.add_argument("--epochs", type=COUNT, metavar="N", help="times through the training pictures; the learning rate falls to 0 over them; default 20 (unet), 12 (gan) or 20 (--compare)")
     t.add_argument("--batch", type=COUNT, metavar="N", help="pictures a step, for each process; raise to 256 on a GPU, and --lr with it; default 32 (unet) or 64 (gan)")
     t.add_argument("--lr", type=number(float, 1e-12, 10, "a number above 0"), metavar="X", help="learning rate of Adam at the start; the discriminator's is at most 0.0002; default 0.002, for adversarial alone 0.0002")
     t.add_argument("--seed", type=number(int, 0, 2**31, "a whole number from 0 up"), metavar="N", help="of weights and order; default 0")
@@ -796,7 +796,7 @@ def methods_without_training(training: torch.Tensor, mask: torch.Tensor) -> dict
 def compare_options(args: argparse.Namespace, row: dict, seed: int) -> dict:
     """The options of one row of the table."""
     asked = argparse.Namespace(**vars(args) | {name: row[name] for name in ("model", "loss", "act", "depth") if name in row})
-    asked.res, asked.seed = args.res or 64, seed
+    asked.res, asked.seed, asked.epochs = args.res or 64, seed, args.epochs or DEFAULTS["unet"]["epochs"]
     asked.depth = min(asked.depth, int(math.log2(asked.res))) if asked.depth else None
     return training_options(asked)
 
