@@ -228,6 +228,7 @@ def _decode_all(path: Path, found: list[tuple], res: int, scratch: str) -> np.nd
         status, began = np.memmap(scratch, np.uint8, "r")[-len(names) :], time.time()
         while any(process.is_alive() for process in work):
             work[-1].join(0.05)
+            os.utime(scratch)  # alive: see _fill_cache
             rate = (done := int(np.count_nonzero(status))) / (time.time() - began)
             progress(f"reading {path.name}: {done}/{len(names)} pictures, {rate:.0f}/s{time_left(len(names) - done, rate)}")
         progress(None)

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import csv
 import datetime
+import functools
 import io
 import itertools
 import json
@@ -231,16 +232,20 @@ class Run:
     rows: list = field(default_factory=list)
     world: list = field(default_factory=list)  # how many processes and training pictures: a resume needs the same
 
-    @property
+    @functools.cached_property
     def weights(self) -> dict[str, float]:
         """The terms of the loss and what they count."""
         return losses.parse_loss(self.options["loss"])
 
+    @functools.cached_property
+    def bfloat16(self) -> bool:
+        """Whether the networks run in bfloat16: asked for, or left to the device."""
+        wanted = self.options["precision"]
+        return wanted == "bfloat16" or wanted == "auto" and fast_bfloat16(self.device)
+
     def autocast(self):
         """bfloat16 for the networks where it is wanted; losses and metrics stay outside."""
-        wanted = self.options["precision"]
-        enabled = wanted == "bfloat16" or wanted == "auto" and fast_bfloat16(self.device)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled)
+        return torch.autocast(self.device.type, torch.bfloat16, self.bfloat16)
 
 
 def build(options: dict, device: torch.device, compiled: bool = False) -> Run:
@@ -779,7 +784,7 @@ ROWS = [
     ("GAN + L1", {"model": "gan", "loss": "100*l1+adversarial", "act": "relu"}, None),
     ("U-Net, 1 deeper", {"model": "unet", "loss": "l1", "act": "relu", "depth": DEFAULTS["unet"]["depth"] + 1}, None),
 ]
-COLUMNS = ["network", "loss", "activation", "parameters", "minutes", *METRICS[:1], METRICS[2], METRICS[1], METRICS[3], "paper"]
+COLUMNS = ["network", "loss", "activation", "parameters", "minutes", "psnr_output", "psnr_hole", "psnr_restored", "ssim_restored", "paper"]
 
 
 def methods_without_training(training: torch.Tensor, mask: torch.Tensor) -> dict:
@@ -823,9 +828,10 @@ def compare(args: argparse.Namespace) -> None:
     for row, options, folder in work:
         train(options, folder, (folder / "last.pt").exists(), device, args.compile)
         wait_for_all()
-        run, config = load_painter(folder / "best.pt", device), json.loads((folder / "config.json").read_text())
+        run = load_painter(folder / "best.pt", device)
+        parameters = sum(weight.numel() for weight in run.generator.parameters())
         state = read_checkpoint(folder / "last.pt", torch.device("cpu"))
-        row["runs"].append(state["best"] | {"parameters": config["parameters"]["generator"], "minutes": state["rows"][-1]["seconds"] / 60})
+        row["runs"].append(state["best"] | {"parameters": parameters, "minutes": state["rows"][-1]["seconds"] / 60})
         label = f"{row['network']}\n{row['loss'].replace('+', ' + ')}\n{row['act']}"
         strips.setdefault(label, restore(paint(run, image, mask), image, mask))
         write_table(out, table, row)
@@ -887,7 +893,7 @@ def photo_mask(file: str | None, photo: PIL.Image.Image, hole: float) -> torch.T
         raise InputError(f"--mask {file}: {error}") from error
     if abs(picture.width * height - width * picture.height) > max(width, height):  # a pixel's rounding is allowed
         raise InputError(f"--mask {file} is {picture.width} x {picture.height}, the photo {width} x {height}: it takes the same proportions")
-    mask = data.to_tensor(picture.resize(photo.size, PIL.Image.Resampling.NEAREST).convert("RGB"))[:1] >= 128
+    mask = torch.from_numpy(np.asarray(picture.resize(photo.size, PIL.Image.Resampling.NEAREST)) >= 128)[None]
     if mask.all() or not mask.any():
         colour, missing = ("white", "everything") if mask.all() else ("black", "nothing")
         raise InputError(f"--mask {file} is all {colour}, so {missing} is missing: paint white what is to be filled")
@@ -966,7 +972,7 @@ def restore_photos(args: argparse.Namespace) -> None:
         try:
             restore_photo(run, file, args.mask, out)
         except InputError as error:
-            broken.append(f"{file}: {error}" if "--mask" not in str(error) else f"{file}: not restored, {error}")
+            broken.append(f"{file}: {error}")
     if broken:
         raise InputError(f"{len(files) - len(broken)} of {len(files)} photos are restored; " + "; ".join(broken))
 
