@@ -10,7 +10,9 @@ is cut; how a batch is taken without a DataLoader; how to draw a face with nothi
 Try it:  python -c "import data; data.grid([('faces', data.synthetic_faces(8, 64, 0))]).save('faces.png')"
 """
 
+import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -21,6 +23,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -185,56 +188,47 @@ def decode(source, name: str, res: int) -> np.ndarray:
     return to_tensor(central_square(open_photo(io.BytesIO(data), res), res)).numpy()
 
 
-def _decode_share(path: Path, names: list[str], res: int, scratch: str, share: int, shares: int) -> None:
-    """Decode every `shares`-th group of 64 pictures straight into the scratch file that all processes map.
+_source = None  # what this process decodes from: a folder, or a zip that is kept open
 
-    The file is the pixels of all pictures, then a byte for each: 0 to do, 1 good, 2 broken. Nothing is
-    sent between processes, and no more than one picture is in memory.
-    """
-    table = np.memmap(scratch, np.uint8, "r+")
-    pixels, status = table[: -len(names)].reshape(len(names), 3, res, res), table[-len(names) :]
+
+def _start_decoding(path: Path) -> None:
+    """Open the source; in a process of its own also leave Ctrl-C to the parent, and end with it."""
+    global _source
+    _source = path if path.is_dir() else zipfile.ZipFile(path)
     parent = multiprocessing.parent_process()
     if parent:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    with contextlib.nullcontext(path) if path.is_dir() else zipfile.ZipFile(path) as source:
-        for start in range(64 * share, len(names), 64 * shares):
-            if parent and not parent.is_alive():
-                return
-            for i in range(start, min(start + 64, len(names))):
-                try:
-                    pixels[i] = decode(source, names[i], res)
-                    status[i] = 1
-                except InputError:
-                    status[i] = 2
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _decode_all(path: Path, found: list[tuple], res: int, scratch: str) -> np.ndarray:
-    """Decode all pictures on all cores, with a progress line; returns the status bytes (N,)."""
-    names = [name for name, *_ in found]
-    shares = max(1, min(os.cpu_count() or 1, sum(size for _, size, _ in found) >> 22))  # a process for 4 MB
-    if shares == 1:
-        _decode_share(path, names, res, scratch, 0, 1)
-    else:
-        # fork starts at once; elsewhere each process imports torch first. The children touch no torch.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        work = [
-            context.Process(target=_decode_share, args=(path, names, res, scratch, k, shares), daemon=True)
-            for k in range(shares)
-        ]
+def _decode_or_reason(res: int, name: str) -> np.ndarray | str:
+    """The pixels of a picture or, where there are none, the reason: one broken picture must not end the others."""
+    try:
+        return decode(_source, name, res)
+    except InputError as error:
+        return str(error)
+
+
+def _decode_all(path: Path, found: list[tuple], res: int):
+    """Yield the pixels of every picture, or the reason why it has none, in order; on all cores if that pays."""
+    names, work = [name for name, *_ in found], functools.partial(_decode_or_reason, res)
+    workers = min(os.cpu_count() or 1, sum(size for _, size, _ in found) >> 22)  # a process for 4 MB
+    if workers < 2:
+        _start_decoding(path)
+        yield from map(work, names)
+        return
+    # fork starts at once; elsewhere each process imports torch first. The children touch none of its threads.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_decoding, (path,))
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of fork beside torch's threads
-            for process in work:
-                process.start()
-        status, began = np.memmap(scratch, np.uint8, "r")[-len(names) :], time.time()
-        while any(process.is_alive() for process in work):
-            work[-1].join(0.05)
-            os.utime(scratch)  # alive: see _fill_cache
-            rate = (done := int(np.count_nonzero(status))) / (time.time() - began)
-            progress(f"reading {path.name}: {done}/{len(names)} pictures, {rate:.0f}/s{time_left(len(names) - done, rate)}")
-        progress(None)
-        if any(process.exitcode for process in work):
-            raise InputError(f"a process that decodes {path} was ended from outside (out of memory?): start again")
-    return np.array(np.memmap(scratch, np.uint8, "r")[-len(names) :])
+            decoded = pool.map(work, names, chunksize=64)
+        yield from decoded
+    except concurrent.futures.BrokenExecutor as error:
+        raise InputError(f"a process that decodes {path} was ended from outside (out of memory?): start again") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _seal(key: str, count: int) -> bytes:
@@ -256,27 +250,23 @@ def _map_cache(file: Path, key: str, res: int) -> torch.Tensor | None:
 
 def _fill_cache(file: Path, path: Path, found: list[tuple], res: int, key: str) -> torch.Tensor:
     """Decode into a file beside `file`, seal it, move it into place; broken pictures are left out and named."""
-    for old in file.parent.glob("*.tmp"):  # what a killed run left; a live one touches its own all the time
+    for old in file.parent.glob("*.tmp"):  # what a killed run left; a live one writes to its own all the time
         if time.time() - old.stat().st_mtime > 3600:
             old.unlink(missing_ok=True)
-    size, total = 3 * res * res, len(found)
     handle, scratch = tempfile.mkstemp(".tmp", file.stem, file.parent)
+    broken, began = [], time.time()
     try:
-        with os.fdopen(handle, "r+b") as stream:
-            if hasattr(os, "posix_fallocate"):  # claim the space: a full disk must fail here, not in the mapping
-                os.posix_fallocate(stream.fileno(), 0, total * (size + 1))
-            stream.truncate(total * (size + 1))
-            status = _decode_all(path, found, res, scratch)
-            good = np.flatnonzero(status == 1)
-            _report_broken(path, [found[i][0] for i in np.flatnonzero(status != 1)], total, res)
-            if len(good) < total:
-                pixels = np.memmap(scratch, np.uint8, "r+")[: total * size].reshape(total, size)
-                for to, origin in enumerate(good):
-                    pixels[to] = pixels[origin]
-                pixels.flush()
-            stream.truncate(len(good) * size)
-            stream.seek(0, os.SEEK_END)
-            stream.write(_seal(key, len(good)))
+        with os.fdopen(handle, "wb") as stream, contextlib.closing(_decode_all(path, found, res)) as decoded:
+            for done, pixels in enumerate(decoded, 1):
+                if isinstance(pixels, str):
+                    broken.append(f"{found[done - 1][0]}: {pixels}")
+                else:
+                    stream.write(pixels.tobytes())
+                rate = done / (time.time() - began)
+                progress(f"reading {path.name}: {done}/{len(found)} pictures, {rate:.0f}/s{time_left(len(found) - done, rate)}")
+            progress(None)
+            _report_broken(path, broken, len(found))
+            stream.write(_seal(key, len(found) - len(broken)))
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(scratch, file)
@@ -285,19 +275,12 @@ def _fill_cache(file: Path, path: Path, found: list[tuple], res: int, key: str) 
     return _map_cache(file, key, res)
 
 
-def _report_broken(path: Path, broken: list[str], total: int, res: int) -> None:
-    if not broken:
-        return
-    with contextlib.nullcontext(path) if path.is_dir() else zipfile.ZipFile(path) as source:
-        reasons = []
-        for name in broken[:10]:
-            try:
-                decode(source, name, res)
-            except InputError as error:
-                reasons.append(f"{name}: {error}")
+def _report_broken(path: Path, broken: list[str], total: int) -> None:
+    """Name the first ten on stderr; InputError if they are too many to be an accident."""
     if len(broken) > 0.05 * total:
-        raise InputError(f"{path}: {len(broken)} of {total} pictures are broken, the first is {reasons[0]}: mend or remove them")
-    print(f"{path}: {len(broken)} of {total} pictures are broken and left out:", *reasons, sep="\n  ", file=sys.stderr)
+        raise InputError(f"{path}: {len(broken)} of {total} pictures are broken, the first is {broken[0]}: mend or remove them")
+    if broken:
+        print(f"{path}: {len(broken)} of {total} pictures are broken and left out:", *broken[:10], sep="\n  ", file=sys.stderr)
 
 
 def load_images(path: str | Path, res: int, cache: str | Path = "cache") -> torch.Tensor:

@@ -1063,7 +1063,7 @@ def two_processes(rank, folder, model, loss):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     image, mask = small_batch(16)
     half = slice(8 * rank, 8 * rank + 8)
-    run = inpaint.build(options_for(model, loss=loss, lr=0.0), CPU)
+    run = inpaint.build(options_for(model, loss=loss, lr=0.0, precision="float32"), CPU)
     inpaint.training_step(run, image[half], mask[half])
     gradients = [weight.grad.clone() for net in (run.generator, run.discriminator) if net for weight in net.parameters()]
     run = inpaint.build(options_for(model, loss=loss), CPU)
@@ -1084,7 +1084,7 @@ def test_two_processes_average_their_gradients_and_stay_equal(model, loss, tmp_p
     image, mask = small_batch(16)
     halves = []
     for half in (slice(0, 8), slice(8, 16)):
-        run = inpaint.build(options_for(model, loss=loss, lr=0.0), CPU)
+        run = inpaint.build(options_for(model, loss=loss, lr=0.0, precision="float32"), CPU)
         inpaint.training_step(run, image[half], mask[half])
         halves.append([weight.grad for net in (run.generator, run.discriminator) if net for weight in net.parameters()])
     for found, found2, one, two in zip(gradients, gradients2, *halves):
