@@ -574,7 +574,7 @@ def write_log(folder: Path, run: Run) -> None:
 def write_pictures(folder: Path, run: Run, pixels: torch.Tensor, mask: torch.Tensor, best: bool) -> None:
     """grid.png, if these are the best weights: eight fixed validation faces, damaged, output, restored, original.
 
-    frames/EPOCH.png: four of them, restored, for training.gif.
+    frames/EPOCH.png: three of them, restored, for training.gif.
     """
     image = pixels[:8].to(run.device).float() / 255
     output = paint(run, image, mask)
@@ -583,7 +583,8 @@ def write_pictures(folder: Path, run: Run, pixels: torch.Tensor, mask: torch.Ten
         strips = [("damaged", data.damage(image, mask)), ("output", output), ("restored", restored), ("original", image)]
         data.save(folder / "grid.png", data.png(data.grid(strips)))
     (folder / "frames").mkdir(exist_ok=True)
-    data.save(folder / "frames" / f"{run.epoch:04d}.png", data.png(data.grid([(f"epoch {run.epoch}", restored[:4])], tile=96)))
+    name = f"{run.epoch:04d}"  # as many digits in each, or the faces would jump in the film
+    data.save(folder / "frames" / f"{name}.png", data.png(data.grid([(f"epoch {name}", restored[:3])])))
 
 
 def write_gif(folder: Path) -> None:

@@ -753,6 +753,13 @@ def test_a_run_folder_holds_all_that_is_promised(tiny_run):
         assert gif.n_frames == 3 == len(list((tiny_run / "frames").iterdir())), "the start and two epochs"
 
 
+def test_the_faces_of_the_film_stay_in_their_place_whatever_the_epoch(faces, tmp_path):
+    run = inpaint.build(options_for(res=64), CPU)
+    for run.epoch in (0, 9, 10, 999):
+        inpaint.write_pictures(tmp_path, run, (faces * 255).to(torch.uint8), data.center_hole(64, 0.3), best=False)
+    assert len({Image.open(file).size for file in (tmp_path / "frames").iterdir()}) == 1
+
+
 def test_res_32_really_trains_at_32_pixels(tiny_run, monkeypatch):
     shapes = set()
     step = inpaint.training_step
