@@ -147,13 +147,16 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
 def list_pictures(path: Path) -> list[tuple]:
     """(name, size, time or checksum) of every picture in a folder or zip, to the bottom, sorted by name.
 
-    Other files, hidden ones and the __MACOSX litter of some zips are passed over.
+    Other files, hidden ones, hidden folders and the __MACOSX litter of some zips are passed over.
     """
     if not path.exists():
         raise InputError(f"{path} does not exist: --data takes a folder of pictures or a .zip")
     if path.is_dir():
-        files = [(file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file()]
-        found = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in files if _is_picture(name)]
+        try:
+            files = [(file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file()]
+            found = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in files if _is_picture(name)]
+        except OSError as error:
+            raise InputError(f"{path} cannot be searched ({error}): see who may read it") from error
     else:
         try:
             with zipfile.ZipFile(path) as archive:
@@ -170,7 +173,7 @@ def list_pictures(path: Path) -> list[tuple]:
 
 def _is_picture(name: str) -> bool:
     parts = name.split("/")
-    return name.lower().endswith(PICTURES) and "__MACOSX" not in parts and not parts[-1].startswith(".")
+    return name.lower().endswith(PICTURES) and not any(part == "__MACOSX" or part.startswith(".") and part != "." for part in parts)
 
 
 def decode(source, name: str, res: int) -> np.ndarray:
@@ -211,11 +214,15 @@ def _decode_or_reason(res: int, name: str) -> np.ndarray | str:
 
 def _decode_all(path: Path, found: list[tuple], res: int):
     """Yield the pixels of every picture, or the reason why it has none, in order; on all cores if that pays."""
+    global _source
     names, work = [name for name, *_ in found], functools.partial(_decode_or_reason, res)
-    workers = min(os.cpu_count() or 1, sum(size for _, size, _ in found) >> 22)  # a process for 4 MB
+    workers = min(os.cpu_count() or 1, 61, sum(size for _, size, _ in found) >> 22)  # a process for 4 MB; Windows takes 61
     if workers < 2:
-        _start_decoding(path)
-        yield from map(work, names)
+        try:
+            _start_decoding(path)
+            yield from map(work, names)
+        finally:
+            _source = None  # closes the zip
         return
     # fork starts at once; elsewhere each process imports torch first. The children touch none of its threads.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -250,9 +257,7 @@ def _map_cache(file: Path, key: str, res: int) -> torch.Tensor | None:
 
 def _fill_cache(file: Path, path: Path, found: list[tuple], res: int, key: str) -> torch.Tensor:
     """Decode into a file beside `file`, seal it, move it into place; broken pictures are left out and named."""
-    for old in file.parent.glob("*.tmp"):  # what a killed run left; a live one writes to its own all the time
-        if time.time() - old.stat().st_mtime > 3600:
-            old.unlink(missing_ok=True)
+    _sweep(file.parent, "*.tmp")
     handle, scratch = tempfile.mkstemp(".tmp", file.stem, file.parent)
     broken, began = [], time.time()
     try:
@@ -273,6 +278,14 @@ def _fill_cache(file: Path, path: Path, found: list[tuple], res: int, key: str) 
     finally:
         Path(scratch).unlink(missing_ok=True)
     return _map_cache(file, key, res)
+
+
+def _sweep(folder: Path, pattern: str) -> None:
+    """Remove what killed runs left half written: a live one writes to its own all the time, an hour is enough to tell."""
+    for old in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # another run may sweep here too
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
 
 
 def _report_broken(path: Path, broken: list[str], total: int) -> None:
@@ -338,7 +351,7 @@ def batches(images: torch.Tensor, size: int, order: torch.Tensor, flip: torch.Te
     """Yield image batches (size, 3, H, W), float in [0, 1] on `device`, of one epoch.
 
     `order` (steps * size) says which pictures, `flip` (steps * size) which of them are mirrored. The next batch
-    is always on its way while one is used. No DataLoader: slices of one tensor leave nothing to wait for.
+    is always on its way while one is used. No DataLoader: picking rows of one tensor leaves nothing to wait for.
     """
     order, flip = order.to(images.device), flip.to(device)
     afar = device.type == "cuda" and not images.is_cuda
@@ -375,16 +388,16 @@ def _palette(colours: list, t: torch.Tensor) -> torch.Tensor:
     return torch.lerp(table[low], table[low + 1], (place - low)[:, None])[:, :, None, None]
 
 
-def _ellipse(grid, cx, cy, rx, ry, soft=0.0):
+def _ellipse(plane, cx, cy, rx, ry, soft=0.0):
     """Cover (B, H, W): 1 inside, 0 outside, a slope of width `soft` (at least a pixel) between."""
-    y, x, pixel = grid
+    y, x, pixel = plane
     radius = (((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2).sqrt_()
     return radius.sub_(1).mul_(-ry / max(soft, pixel)).add_(0.5).clamp_(0, 1)
 
 
-def _band(grid, distance, half, soft=0.0):
+def _stripe(plane, distance, half, soft=0.0):
     """Cover of the points whose distance from a line is below `half`."""
-    return (0.5 + (half - distance.abs()) / max(soft, grid[2])).clamp_(0, 1)
+    return (0.5 + (half - distance.abs()) / max(soft, plane[2])).clamp_(0, 1)
 
 
 def _paint(canvas, cover, colour, strength=1.0):
@@ -392,95 +405,95 @@ def _paint(canvas, cover, colour, strength=1.0):
     canvas.lerp_(colour.expand_as(canvas), (cover * strength)[:, None].expand_as(canvas))
 
 
-def _draw_back(canvas, grid, p, vary, flag):
+def _draw_back(canvas, plane, p, vary, flag):
     """What is behind the head: background, hair, shoulders, neck."""
-    y, x, _ = grid
+    y, x, _ = plane
     for cover in (torch.ones(1, 1, 1), (y + vary(-0.5, 0.5) * x).clamp(0, 1) * 0.7):
         _paint(canvas, cover, _colour(vary, 0.1, 0.95))
-    _paint(canvas, _ellipse(grid, vary(0, 1), vary(0, 0.6), 0.25, 0.3, 0.25), _colour(vary, 0, 1), 0.5)
+    _paint(canvas, _ellipse(plane, vary(0, 1), vary(0, 0.6), 0.25, 0.3, 0.25), _colour(vary, 0, 1), 0.5)
     long, full = flag(0.55) * (1 - p.male) + flag(0.06) * p.male, vary(0.02, 0.075)
-    _paint(canvas, _ellipse(grid, p.cx, 0.66, p.head_rx + full + 0.02, vary(0.36, 0.5), 0.02) * long, p.hair * 0.8)
-    _paint(canvas, _ellipse(grid, p.cx, 0.42, p.head_rx + full, p.head_ry + full - 0.02, 0.02), p.hair)
-    _paint(canvas, _ellipse(grid, 0.5, 1.14, vary(0.42, 0.56), 0.27, 0.02), _colour(vary, 0.05, 0.9))
-    _paint(canvas, _ellipse(grid, p.cx, 0.84, 0.115 + 0.025 * p.male, 0.16, 0.02), p.skin * 0.80)
-    _paint(canvas, _ellipse(grid, 0.5, 1.06, 0.14, 0.13, 0.02) * flag(0.5), p.skin * 0.86)
+    _paint(canvas, _ellipse(plane, p.cx, 0.66, p.head_rx + full + 0.02, vary(0.36, 0.5), 0.02) * long, p.hair * 0.8)
+    _paint(canvas, _ellipse(plane, p.cx, 0.42, p.head_rx + full, p.head_ry + full - 0.02, 0.02), p.hair)
+    _paint(canvas, _ellipse(plane, 0.5, 1.14, vary(0.42, 0.56), 0.27, 0.02), _colour(vary, 0.05, 0.9))
+    _paint(canvas, _ellipse(plane, p.cx, 0.84, 0.115 + 0.025 * p.male, 0.16, 0.02), p.skin * 0.80)
+    _paint(canvas, _ellipse(plane, 0.5, 1.06, 0.14, 0.13, 0.02) * flag(0.5), p.skin * 0.86)
 
 
-def _draw_head(canvas, grid, p, vary, flag):
+def _draw_head(canvas, plane, p, vary, flag):
     """Ears, the head lit from one side, cheeks, beard, and the hair above the forehead."""
-    y, x, _ = grid
+    y, x, _ = plane
     for side in (-1, 1):
         ear_x = p.cx + side * (p.head_rx + 0.004) - 0.02 * p.turn
-        _paint(canvas, _ellipse(grid, ear_x, 0.475, 0.034, 0.07, 0.01), p.skin * (0.86 + 0.1 * side * p.light)[:, None])
-        _paint(canvas, _ellipse(grid, ear_x, 0.475, 0.016, 0.042, 0.02), p.skin * 0.7, 0.6)
-    jaw = _ellipse(grid, p.cx, p.head_y, p.head_rx, p.head_ry, 0.012)
+        _paint(canvas, _ellipse(plane, ear_x, 0.475, 0.034, 0.07, 0.01), p.skin * (0.86 + 0.1 * side * p.light)[:, None])
+        _paint(canvas, _ellipse(plane, ear_x, 0.475, 0.016, 0.042, 0.02), p.skin * 0.7, 0.6)
+    jaw = _ellipse(plane, p.cx, p.head_y, p.head_rx, p.head_ry, 0.012)
     across, down = (x - p.cx) / p.head_rx, (y - p.head_y) / p.head_ry
     shade = 1.04 + 0.16 * p.light * across - 0.20 * (across**2 + 0.6 * down**2) * across.abs().clamp(0, 1)
     _paint(canvas, jaw, p.skin * shade[:, None])
     blush = p.skin * _rgb(1.04, 0.86, 0.84)
     for side in (-1, 1):
         cheek_x, cheek_y = p.cx + side * 0.135 + 0.015 * p.turn, 0.575 - 0.012 * p.smile
-        _paint(canvas, _ellipse(grid, cheek_x, cheek_y, 0.075, 0.05, 0.06), blush, 0.45)
-    beard = _ellipse(grid, p.cx, 0.74, 0.19, 0.14, 0.07) * jaw * (flag(0.35) * p.male)
+        _paint(canvas, _ellipse(plane, cheek_x, cheek_y, 0.075, 0.05, 0.06), blush, 0.45)
+    beard = _ellipse(plane, p.cx, 0.74, 0.19, 0.14, 0.07) * jaw * (flag(0.35) * p.male)
     _paint(canvas, beard, p.hair * 0.8, vary(0.2, 0.75))
     window_x, window_rx = p.cx + vary(-0.07, 0.07), p.head_rx * vary(0.86, 1.0)  # the hair leaves the face free
-    window = _ellipse(grid, window_x, vary(0.535, 0.56), window_rx, vary(0.29, 0.345), 0.015)
-    cap = _ellipse(grid, p.cx, 0.40, p.head_rx + 0.02, p.head_ry - 0.03, 0.015) * ((0.56 - y) / 0.08).clamp(0, 1)
+    window = _ellipse(plane, window_x, vary(0.535, 0.56), window_rx, vary(0.29, 0.345), 0.015)
+    cap = _ellipse(plane, p.cx, 0.40, p.head_rx + 0.02, p.head_ry - 0.03, 0.015) * ((0.56 - y) / 0.08).clamp(0, 1)
     strands = 1 + 0.10 * torch.sin(60 * (x - p.cx) * (1 + 0.4 * y) + 6 * vary(0, 1)) + 0.1 * p.light * across
     _paint(canvas, cap * (1 - window) * (1 - flag(0.08) * p.male), p.hair * strands[:, None])
 
 
-def _draw_eyes(canvas, grid, p, vary, flag):
+def _draw_eyes(canvas, plane, p, vary, flag):
     """Sockets, eyes, lids, brows, and glasses on some: their outer halves stick out of the hole."""
-    y, x, _ = grid
+    y, x, _ = plane
     open_eye = vary(0.019, 0.027) - 0.004 * p.smile
     brow_y, brow_w = vary(0.060, 0.072), vary(0.008, 0.013) + 0.004 * p.male
     gaze, tilt = 0.012 * vary(-1, 1) + 0.006 * p.turn, vary(-0.006, 0.006)
     for side in (-1, 1):
         ex, ey = 0.5 + side * p.eye_dx + 0.008 * p.turn, p.eye_y + side * tilt
-        _paint(canvas, _ellipse(grid, ex, ey, 0.072, 0.045, 0.04), p.skin * 0.70, 0.55)
-        white = _ellipse(grid, ex, ey, 0.052, open_eye, 0.012)
+        _paint(canvas, _ellipse(plane, ex, ey, 0.072, 0.045, 0.04), p.skin * 0.70, 0.55)
+        white = _ellipse(plane, ex, ey, 0.052, open_eye, 0.012)
         _paint(canvas, white, _rgb(0.93, 0.92, 0.90))
-        _paint(canvas, _ellipse(grid, ex + gaze, ey, 0.024, 0.024, 0.012) * white, p.iris)
-        _paint(canvas, _ellipse(grid, ex + gaze, ey, 0.011, 0.011, 0.012) * white, p.iris * 0.1)
-        _paint(canvas, _ellipse(grid, ex + gaze - 0.008, ey - 0.008, 0.005, 0.005, 0.01), _rgb(1, 1, 1), 0.8)
+        _paint(canvas, _ellipse(plane, ex + gaze, ey, 0.024, 0.024, 0.012) * white, p.iris)
+        _paint(canvas, _ellipse(plane, ex + gaze, ey, 0.011, 0.011, 0.012) * white, p.iris * 0.1)
+        _paint(canvas, _ellipse(plane, ex + gaze - 0.008, ey - 0.008, 0.005, 0.005, 0.01), _rgb(1, 1, 1), 0.8)
         lid = y - ey + open_eye * (1 - ((x - ex) / 0.056) ** 2)
-        _paint(canvas, _band(grid, lid, 0.006) * _band(grid, x - ex, 0.056), p.hair * 0.25, 0.85 - 0.3 * p.male)
+        _paint(canvas, _stripe(plane, lid, 0.006) * _stripe(plane, x - ex, 0.056), p.hair * 0.25, 0.85 - 0.3 * p.male)
         brow = y - ey + brow_y - 4.5 * (x - ex - side * 0.01) ** 2 + side * 0.12 * (x - ex)
-        _paint(canvas, _band(grid, brow, brow_w, 0.012) * _band(grid, x - ex, 0.066, 0.02), p.hair * 0.65, 0.85)
+        _paint(canvas, _stripe(plane, brow, brow_w, 0.012) * _stripe(plane, x - ex, 0.066, 0.02), p.hair * 0.65, 0.85)
     glasses, frame, ring = flag(0.2), _colour(vary, 0, 0.35), vary(0.05, 0.066)
     middle, reach = 0.5 + 0.008 * p.turn, p.eye_dx * 0.96
     for side in (-1, 1):
-        outer = _ellipse(grid, middle + side * reach, p.eye_y + 0.01, 0.085, ring, 0.01)
-        inner = _ellipse(grid, middle + side * reach, p.eye_y + 0.01, 0.075, ring - 0.01, 0.01)
+        outer = _ellipse(plane, middle + side * reach, p.eye_y + 0.01, 0.085, ring, 0.01)
+        inner = _ellipse(plane, middle + side * reach, p.eye_y + 0.01, 0.075, ring - 0.01, 0.01)
         _paint(canvas, (outer - inner).clamp_(0, 1) * glasses, frame)
-    bridge = _band(grid, y - p.eye_y, 0.005, 0.01) * _band(grid, x - middle, reach - 0.078, 0.01)
+    bridge = _stripe(plane, y - p.eye_y, 0.005, 0.01) * _stripe(plane, x - middle, reach - 0.078, 0.01)
     _paint(canvas, bridge * glasses, frame)
 
 
-def _draw_nose_and_mouth(canvas, grid, p, vary, flag):
+def _draw_nose_and_mouth(canvas, plane, p, vary, flag):
     """A nose of shadows and lights, and two lips around a curve that the smile bends; laughing shows teeth."""
-    y, x, _ = grid
+    y, x, _ = plane
     nose_x, tip, wide = 0.5 + 0.028 * p.turn, vary(0.55, 0.575), vary(0.034, 0.046) + 0.005 * p.male
-    _paint(canvas, _ellipse(grid, nose_x - 0.020 * p.light - 0.012, 0.5, 0.018, 0.085, 0.03), p.skin * 0.66, 0.5)
-    _paint(canvas, _ellipse(grid, nose_x + 0.008 * p.light, 0.495, 0.012, 0.08, 0.03), p.skin * 1.22, 0.55)
-    _paint(canvas, _ellipse(grid, nose_x, tip + 0.012, wide, 0.022, 0.03), p.skin * 0.72, 0.7)
-    _paint(canvas, _ellipse(grid, nose_x + 0.006 * p.light, tip - 0.004, wide * 0.6, 0.022, 0.03), p.skin * 1.18, 0.6)
+    _paint(canvas, _ellipse(plane, nose_x - 0.020 * p.light - 0.012, 0.5, 0.018, 0.085, 0.03), p.skin * 0.66, 0.5)
+    _paint(canvas, _ellipse(plane, nose_x + 0.008 * p.light, 0.495, 0.012, 0.08, 0.03), p.skin * 1.22, 0.55)
+    _paint(canvas, _ellipse(plane, nose_x, tip + 0.012, wide, 0.022, 0.03), p.skin * 0.72, 0.7)
+    _paint(canvas, _ellipse(plane, nose_x + 0.006 * p.light, tip - 0.004, wide * 0.6, 0.022, 0.03), p.skin * 1.18, 0.6)
     for side in (-1, 1):
-        _paint(canvas, _ellipse(grid, nose_x + side * wide * 0.55, tip + 0.017, 0.010, 0.007, 0.012), p.skin * 0.3, 0.85)
+        _paint(canvas, _ellipse(plane, nose_x + side * wide * 0.55, tip + 0.017, 0.010, 0.007, 0.012), p.skin * 0.3, 0.85)
     mouth_x, mouth_y = 0.5 + 0.02 * p.turn, vary(0.655, 0.685)
     off = (x - mouth_x) / (vary(0.080, 0.095) + 0.014 * p.smile)
     curve = y - mouth_y - 0.030 * p.smile * (0.35 - off**2)
     taper, gap = (1 - off**2).clamp_(min=0), flag(0.5) * (p.smile > 0.3) * vary(0.008, 0.017)
     inside, plump = (taper > 0).float(), vary(0.012, 0.018) - 0.003 * p.male
     lips = p.skin * _rgb(0.94, 0.62, 0.60) * (1 - 0.12 * vary(0, 1) * (1 - p.male))[:, None]
-    upper = _band(grid, curve + gap * taper + plump * 0.4, (plump + gap) * taper, 0.012)
-    lower = _band(grid, curve - gap * taper - plump * 0.6, plump * 1.1 * taper, 0.012)
+    upper = _stripe(plane, curve + gap * taper + plump * 0.4, (plump + gap) * taper, 0.012)
+    lower = _stripe(plane, curve - gap * taper - plump * 0.6, plump * 1.1 * taper, 0.012)
     _paint(canvas, upper * inside, lips * 0.92)
     _paint(canvas, lower * inside, lips * 1.06)
-    _paint(canvas, _band(grid, curve, gap * taper, 0.01) * (gap * taper > 0), _rgb(0.95, 0.94, 0.91))
-    _paint(canvas, _band(grid, curve - gap * taper, 0.0035 * taper, 0.01) * inside, lips * 0.42, 0.9)
-    _paint(canvas, _ellipse(grid, mouth_x, mouth_y + 0.055, 0.05, 0.013, 0.03), p.skin * 0.75, 0.5)
+    _paint(canvas, _stripe(plane, curve, gap * taper, 0.01) * (gap * taper > 0), _rgb(0.95, 0.94, 0.91))
+    _paint(canvas, _stripe(plane, curve - gap * taper, 0.0035 * taper, 0.01) * inside, lips * 0.42, 0.9)
+    _paint(canvas, _ellipse(plane, mouth_x, mouth_y + 0.055, 0.05, 0.013, 0.03), p.skin * 0.75, 0.5)
 
 
 def _rgb(*colour):
@@ -511,10 +524,10 @@ def _draw_faces(random: torch.Tensor, res: int) -> torch.Tensor:
     p.cx, p.eye_y, p.eye_dx = 0.5 + 0.012 * p.turn, vary(0.415, 0.437), vary(0.146, 0.160)
     p.head_rx, p.head_ry, p.head_y = 0.245 * vary(0.92, 1.08), vary(0.325, 0.355), vary(0.475, 0.49)
     line = (torch.arange(res) + 0.5) / res
-    grid = line[:, None], line[None, :], 1 / res
+    plane = line[:, None], line[None, :], 1 / res
     canvas = torch.zeros(len(random), 3, res, res)
-    _draw_back(canvas, grid, p, vary, flag)
-    _draw_head(canvas, grid, p, vary, flag)
+    _draw_back(canvas, plane, p, vary, flag)
+    _draw_head(canvas, plane, p, vary, flag)
     for draw, top, bottom in ((_draw_eyes, 0.32, 0.52), (_draw_nose_and_mouth, 0.40, 0.78)):  # small parts, small canvas
         rows, columns = slice(int(top * res), int(bottom * res)), slice(int(0.22 * res), int(0.78 * res) + 1)
         draw(canvas[:, :, rows, columns], (line[rows, None], line[None, columns], 1 / res), p, vary, flag)
@@ -540,7 +553,8 @@ def synthetic_faces(n: int, res: int, seed: int = 0) -> torch.Tensor:
 def save(path: str | Path, data: bytes) -> None:
     """Write a file whole or not at all: aside, flushed to the disk, then renamed into place."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is written over, not piled up
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # its own: two runs in one folder may not share it
+    _sweep(path.parent, f".{path.name}.*.tmp")
     try:
         with open(aside, "wb") as stream:
             stream.write(data)
@@ -562,14 +576,14 @@ def png(picture: Image.Image) -> bytes:
 _shown = ["", 0.0]  # the progress line on the screen, and when it was last written
 
 
-def progress(line: str | None, every: float = 0.2) -> None:
+def progress(line: str | None) -> None:
     """One line on stderr that is written over; None ends it. Without a terminal: a plain line each 10 seconds."""
     terminal = sys.stderr.isatty()
     if line is None:
         if terminal and _shown[0]:
             print("\r" + " " * len(_shown[0]) + "\r", end="", file=sys.stderr, flush=True)
         _shown[:] = "", (0.0 if terminal else _shown[1])
-    elif time.time() - _shown[1] > (every if terminal else 10):
+    elif time.time() - _shown[1] > (0.2 if terminal else 10):
         if terminal:
             line = line[: shutil.get_terminal_size().columns - 1]
         print(f"\r{line:<{len(_shown[0])}}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
@@ -617,10 +631,12 @@ def grid(strips: list[tuple[str, torch.Tensor]], upright: bool = False, tile: in
     return sheet
 
 
-def side_by_side(parts: dict[str, Image.Image], height: int = 384) -> Image.Image:
-    """Labelled pictures of any size beside each other, made smaller (never larger than 384 pixels high or 512 wide)."""
-    font, left = ImageFont.load_default(15), 4
-    thumbs = {label: ImageOps.contain(picture, (512, height)) for label, picture in parts.items()}
+def side_by_side(parts: dict[str, Image.Image]) -> Image.Image:
+    """Labelled pictures of any size beside each other, each scaled to be 384 pixels high or, if that is less, 512 wide."""
+    font, left, height, thumbs = ImageFont.load_default(15), 4, 384, {}
+    for label, picture in parts.items():
+        scale = min(512 / picture.width, height / picture.height)
+        thumbs[label] = picture.resize(tuple(max(1, round(side * scale)) for side in picture.size))
     sheet = Image.new("RGB", (4 + sum(max(t.width, 80) + 4 for t in thumbs.values()), height + 32), "white")
     for label, thumb in thumbs.items():
         ImageDraw.Draw(sheet).text((left + max(thumb.width, 80) / 2, 14), label, "black", font, "mm")

@@ -95,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "inpaint.py", description=__doc__.split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    p.error = lambda message: stop(f"{message}; --help lists all options", 2)  # argparse would print the usage first
     job = p.add_argument_group("jobs (without one of these: train)")
     job.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a best.pt or last.pt on validation pictures")
     job.add_argument("--json", metavar="FILE", help="with --evaluate: also write the figures to FILE")
@@ -111,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--depth", type=number(int, 1, 9, "a whole number from 1 to 9"), metavar="N", help="levels of the U-Net; one more sees further; default 5 (unet) or 4 (gan)")
     what.add_argument("--width", type=number(int, 1, 1024, "a whole number from 1 to 1024"), metavar="N", help="channels of the first level; raise to 64 for 200,000 pictures and a GPU; default 24")
     d = p.add_argument_group("data")
-    d.add_argument("--data", metavar="PATH", help="a folder of pictures or a .zip, such as CelebA's; default: 5,000 faces that are drawn")
+    d.add_argument("--data", metavar="PATH", help="a folder of pictures or a .zip, such as CelebA's; default synthetic: 5,000 faces that are drawn")
     d.add_argument("--res", type=resolution, metavar="N", help="side in pixels: 32, 64, 128, 256 or 512; default 128 (unet) or 64 (gan)")
     d.add_argument("--hole", type=OPEN_UNIT, metavar="F", help="side of the hole as a share of the picture's; default 0.3")
     d.add_argument("--hole-at", choices=["center", "random"], help="random: for photos with holes elsewhere; half of the holes are in the centre still; default center")
@@ -230,7 +231,7 @@ class Run:
     epoch: int = 0
     best: dict = field(default_factory=dict)
     rows: list = field(default_factory=list)
-    world: list = field(default_factory=list)  # how many processes and training pictures: a resume needs the same
+    setting: list = field(default_factory=list)  # how many processes and training pictures: a resume needs the same
 
     @functools.cached_property
     def weights(self) -> dict[str, float]:
@@ -271,7 +272,7 @@ def build(options: dict, device: torch.device, compiled: bool = False) -> Run:
     called = networks
     if dist.is_initialized():
         ids = [device.index] if device.type == "cuda" else None
-        called = [DistributedDataParallel(network, ids, broadcast_buffers=False) for network in called]
+        called = [DistributedDataParallel(network, ids, forward_sync_buffers=False) for network in called]
     run.painter, run.judge = called[0], called[1] if discriminator else None
     return run
 
@@ -335,7 +336,7 @@ def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor) -> dict[str
 # --- Measuring ------------------------------------------------------------------------------------
 
 METRICS = ("psnr_output", "psnr_restored", "psnr_hole", "ssim_restored")
-EVAL_BATCH = 100
+EVAL_BATCH = 100  # at 64 px
 
 
 def restore(output: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -367,10 +368,10 @@ def validate(painter, pixels: torch.Tensor, mask: torch.Tensor) -> dict[str, flo
     `painter(images)` -> outputs (B, 3, res, res): a network, or a method without one.
     """
     values = []
-    for part in pixels.split(EVAL_BATCH):
+    for part in pixels.split(max(1, EVAL_BATCH * 64**2 // pixels.shape[2] ** 2)):  # as much memory at any resolution
         image = part.to(mask.device).float() / 255
         values.append(measure(painter(image), image, mask))
-    return dict(zip(METRICS, torch.cat(values, 1).double().mean(1).tolist())) | {"pictures": len(pixels)}
+    return dict(zip(METRICS, torch.cat(values, 1).cpu().double().mean(1).tolist())) | {"pictures": len(pixels)}
 
 
 # --- The run folder -------------------------------------------------------------------------------
@@ -391,7 +392,7 @@ def save_checkpoint(path: Path, run: Run, everything: bool) -> None:
     state = {"kind": KIND, "version": VERSION, "options": run.options, "epoch": run.epoch, "ema": run.ema.state_dict()}
     if everything:
         state |= {"step": run.step, "best": run.best, "rows": run.rows, "generator": run.generator.state_dict()}
-        state |= {"world": run.world, "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}}
+        state |= {"setting": run.setting, "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}}
         state |= {"discriminator": run.discriminator.state_dict()} if run.discriminator else {}
     stream = io.BytesIO()
     torch.save(state, stream)
@@ -437,8 +438,7 @@ def check_same(given: dict, stored: dict, folder: Path) -> None:
     """InputError naming both values if an option given (not None) contradicts the run in the folder."""
     for name, value in stored.items():
         new = given.get(name)
-        same = new is None or new == value or name == "data" and os.path.abspath(new) == os.path.abspath(value)
-        if not same:
+        if new not in (None, value):
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {new} contradicts {flag} {value} of the run in {folder}: leave it out, or start a new run")
 
@@ -467,11 +467,12 @@ def load_everything(path: Path, run: Run) -> None:
         for name, optimizer in run.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         run.step, run.epoch, run.best, run.rows = (state[name] for name in ("step", "epoch", "best", "rows"))
-        then = state["world"]
+        then = state["setting"]
     except Exception as error:
         raise InputError(f"{path} cannot be resumed: it is a best.pt, or damaged; give the folder of a run") from error
-    if then != run.world:
-        raise InputError(f"the run in {path.parent} had {then[0]} processes and {then[1]} training pictures, now it is {run.world[0]} and {run.world[1]}: start it as before")
+    if then != run.setting:
+        now = run.setting
+        raise InputError(f"the run in {path.parent} had {then[0]} processes and {then[1]} training pictures, now it is {now[0]} and {now[1]}: start it as before")
 
 
 def default_folder(options: dict) -> str:
@@ -494,19 +495,18 @@ def make_folder(folder: Path) -> list[Path]:
     return new
 
 
-def choose_folder(args: argparse.Namespace, options: dict) -> tuple[Path, list[Path]]:
+def choose_folder(args: argparse.Namespace) -> tuple[Path, list[Path]]:
     """(where to write, the folders made for it): --out, or the default name, numbered, that no other run can take then.
 
     InputError if it cannot be written to, already holds a run or, with --resume, holds none.
     """
-    name = default_folder(options)
+    name = args.out or default_folder(training_options(args))
     if args.resume:
-        last = Path(name) if not Path(f"{name}-2").exists() else numbered(name)[-2]
-        folder = Path(args.out) if args.out else last
+        folder = Path(name) if args.out else (numbered(name)[:-1] or [Path(name)])[-1]
         if not (folder / "config.json").is_file():
             raise InputError(f"--resume: there is no run in {folder}; name its folder with --out, or start without --resume")
         return folder, []
-    folder = Path(args.out or name)
+    folder = Path(name)
     if args.out and (folder / "config.json").exists():
         raise InputError(f"--out {folder} already holds a run: go on with it by --resume, or name another folder")
     check_writable(folder)
@@ -590,6 +590,8 @@ def write_pictures(folder: Path, run: Run, pixels: torch.Tensor, mask: torch.Ten
 def write_gif(folder: Path) -> None:
     """training.gif from all frames on the disk, the last one shown longer."""
     frames = [PIL.Image.open(file).convert("RGB") for file in sorted((folder / "frames").glob("*.png"))]
+    if not frames:
+        return
     stream = io.BytesIO()
     frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:], duration=[200] * (len(frames) - 1) + [2000], loop=0)
     data.save(folder / "training.gif", stream.getvalue())
@@ -624,19 +626,19 @@ def check_split(options: dict, count: int) -> None:
         )
 
 
-def draw_epoch(options: dict, epoch: int, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def draw_epoch(options: dict, epoch: int, count: int, take: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The chances of one epoch, a function of seed, epoch and process alone: order, mirrored or not, holes.
 
-    The same shuffled order in all processes, from which each takes its own part: none sees another's pictures.
+    The same shuffled order in all processes, from which each takes its own pictures, `take` of them.
     """
     rank, world = rank_and_world()
     shared = torch.Generator().manual_seed(options["seed"] * 1_000_003 + epoch)
-    order = torch.randperm(count, generator=shared)[rank::world][:size]
+    order = torch.randperm(count, generator=shared)[rank::world][:take]
     own = torch.Generator().manual_seed((options["seed"] * 1_000_003 + epoch) * 1009 + rank)
-    flip = torch.rand(size, generator=own) < 0.5
+    flip = torch.rand(take, generator=own) < 0.5
     if options["hole_at"] == "random":
-        return order, flip, data.random_boxes(size, options["res"], options["hole"], own)
-    return order, flip, data.center_box(options["res"], options["hole"]).expand(size, 4)
+        return order, flip, data.random_boxes(take, options["res"], options["hole"], own)
+    return order, flip, data.center_box(options["res"], options["hole"]).expand(take, 4)
 
 
 def check_finite(run: Run, sums: dict[str, torch.Tensor]) -> None:
@@ -714,8 +716,8 @@ def start(run: Run, folder: Path, resume: bool, validation: torch.Tensor, mask: 
             write_log(folder, run)
         else:
             write_pictures(folder, run, validation, mask, best=True)
-        print(f"{folder}: {run.world[1]} pictures to train on, {len(validation)} to validate, on {describe(run)['device']}"
-              f"{f', {run.world[0]} processes' if run.world[0] > 1 else ''}", flush=True)  # fmt: skip
+        print(f"{folder}: {run.setting[1]} pictures to train on, {len(validation)} to validate, on {describe(run)['device']}"
+              f"{f', {run.setting[0]} processes' if run.setting[0] > 1 else ''}", flush=True)  # fmt: skip
 
 
 def train(options: dict, folder: Path, resume: bool, device: torch.device, compiled: bool = False) -> dict:
@@ -729,7 +731,7 @@ def train(options: dict, folder: Path, resume: bool, device: torch.device, compi
         data.save(folder / "config.json", to_json(describe(run)))
     training, validation = load_split(options)
     mask = data.center_hole(options["res"], options["hole"]).to(device)
-    run.world = [world, len(training)]
+    run.setting = [world, len(training)]
     start(run, folder, resume, validation, mask)
     batch = min(options["batch"], len(training) // world)
     training = data.settle(training, device)
@@ -803,29 +805,34 @@ def compare_options(args: argparse.Namespace, row: dict, seed: int) -> dict:
     """The options of one row of the table."""
     asked = argparse.Namespace(**vars(args) | {name: row[name] for name in ("model", "loss", "act", "depth") if name in row})
     asked.res, asked.seed, asked.epochs = args.res or 64, seed, args.epochs or DEFAULTS["unet"]["epochs"]
-    asked.depth = min(asked.depth, int(math.log2(asked.res))) if asked.depth else None
     return training_options(asked)
 
 
 def compare(args: argparse.Namespace) -> None:
     """Train every row that is not finished, and write table.md, table.csv and comparison.png below --out."""
-    for name in ("model", "act", "loss", "depth", "resume"):
-        if getattr(args, name):
-            raise InputError(f"--{name} does not go with --compare, which sets it row by row: leave it out")
     out, device, first = Path(args.out or "runs/compare"), choose_device(args.device), args.seed or 0
     check_writable(out)
-    table = [{"network": name, "paper": paper, "runs": []} | options for name, options, paper in ROWS]
-    work = []
+    fits = int(math.log2(args.res or 64))  # as deep as a U-Net can be
+    table = [{"network": name, "paper": paper, "runs": []} | row for name, row, paper in ROWS if row.get("depth", 0) <= fits]
+    work, finished = [], set()
     for seed, row in itertools.product(range(first, first + (args.seeds or 1)), table):
         options = compare_options(args, row, seed)
         folder = out / f"{Path(default_folder(options)).name}-depth{options['depth']}-seed{seed}"
         if (folder / "last.pt").exists():
-            check_same(options, read_checkpoint(folder / "last.pt", torch.device("cpu"))["options"], folder)
+            state = read_checkpoint(folder / "last.pt", torch.device("cpu"))
+            check_same(options, state["options"], folder)
+            finished |= {folder} if state["epoch"] == options["epochs"] else set()
         work.append((row, options, folder))
+    work.sort(key=lambda job: job[2] not in finished)  # until those are read, the table of the last time stays
     training, validation = load_split(options)
     mask = data.center_hole(options["res"], options["hole"]).to(device)
-    image, strips = validation[:6].to(device).float() / 255, {}
+    image = validation[:6].to(device).float() / 255
     say_line("| " + " | ".join(COLUMNS) + " |")
+    for name, painter in methods_without_training(training, mask).items():
+        began = time.time()
+        result = validate(painter, validation, mask) | {"minutes": (time.time() - began) / 60, "parameters": 0}
+        table.append({"network": name, "loss": "", "act": "", "paper": None, "runs": [result], "faces": restore(painter(image), image, mask)})
+        say_row(table[-1])
     for row, options, folder in work:
         train(options, folder, (folder / "last.pt").exists(), device, args.compile)
         wait_for_all()
@@ -833,19 +840,16 @@ def compare(args: argparse.Namespace) -> None:
         parameters = sum(weight.numel() for weight in run.generator.parameters())
         state = read_checkpoint(folder / "last.pt", torch.device("cpu"))
         row["runs"].append(state["best"] | {"parameters": parameters, "minutes": state["rows"][-1]["seconds"] / 60})
-        label = f"{row['network']}\n{row['loss'].replace('+', ' + ')}\n{row['act']}"
-        strips.setdefault(label, restore(paint(run, image, mask), image, mask))
-        write_table(out, table, row)
-    for name, painter in methods_without_training(training, mask).items():
-        began = time.time()
-        result = validate(painter, validation, mask)
-        row = {"network": name, "loss": "", "act": "", "paper": None, "runs": [result | {"minutes": (time.time() - began) / 60, "parameters": 0}]}
-        table.append(row)
-        strips[name.replace(" ", "\n")] = restore(painter(image), image, mask)
-        write_table(out, table, row)
-    strips = {"original": image, "damaged": data.damage(image, mask)} | strips
+        row.setdefault("faces", restore(paint(run, image, mask), image, mask))
+        say_row(row)
+        if folder not in finished or folder == work[-1][2]:
+            write_table(out, table)
+    strips = [("original", image), ("damaged", data.damage(image, mask))]
+    for row in table:
+        label = f"{row['network']}\n{row['loss'].replace('+', ' + ')}\n{row['act']}" if row["loss"] else row["network"].replace(" ", "\n")
+        strips.append((label, row["faces"]))
     if rank_and_world()[0] == 0:
-        data.save(out / "comparison.png", data.png(data.grid(list(strips.items()), upright=True)))
+        data.save(out / "comparison.png", data.png(data.grid(strips, upright=True)))
         print(f"{out}/table.md and {out}/comparison.png are written")
 
 
@@ -867,9 +871,13 @@ def say_line(line: str) -> None:
         print(line, flush=True)
 
 
-def write_table(out: Path, table: list[dict], news: dict) -> None:
-    """table.md and table.csv with the rows that have a run; the new one is printed."""
-    say_line("| " + " | ".join(table_row(news).values()) + " |")
+def say_row(row: dict) -> None:
+    """A row of the table on the screen."""
+    say_line("| " + " | ".join(table_row(row).values()) + " |")
+
+
+def write_table(out: Path, table: list[dict]) -> None:
+    """table.md and table.csv with the rows that have a run."""
     if rank_and_world()[0] == 0:
         rows = [table_row(row) for row in table if row["runs"]]
         lines = ["| " + " | ".join(line) + " |" for line in (COLUMNS, ["---"] * len(COLUMNS), *(row.values() for row in rows))]
@@ -892,7 +900,7 @@ def photo_mask(file: str | None, photo: PIL.Image.Image, hole: float) -> torch.T
         picture = data.open_photo(file).convert("L")
     except InputError as error:
         raise InputError(f"--mask {file}: {error}") from error
-    if abs(picture.width * height - width * picture.height) > max(width, height):  # a pixel's rounding is allowed
+    if abs(picture.width * height - width * picture.height) > max(width, height, *picture.size):  # a pixel's rounding is allowed
         raise InputError(f"--mask {file} is {picture.width} x {picture.height}, the photo {width} x {height}: it takes the same proportions")
     mask = torch.from_numpy(np.asarray(picture.resize(photo.size, PIL.Image.Resampling.NEAREST)) >= 128)[None]
     if mask.all() or not mask.any():
@@ -968,7 +976,8 @@ def restore_photos(args: argparse.Namespace) -> None:
     check_writable(out)
     files = []
     for path in map(Path, args.restore):
-        files += [path / name for name, *_ in data.list_pictures(path)] if path.is_dir() else [path]
+        found = [path / name for name, *_ in data.list_pictures(path)] if path.is_dir() else [path]
+        files += [file for file in found if not path.is_dir() or out.resolve() not in file.resolve().parents]
     for file in files:
         try:
             restore_photo(run, file, args.mask, out)
@@ -984,7 +993,7 @@ def restore_photos(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def processes(device_name: str):
     """Join the processes that torchrun started, if it did, and leave them at the end."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         device = choose_device(device_name)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -996,30 +1005,51 @@ def processes(device_name: str):
             dist.destroy_process_group()
 
 
-def check_jobs(args: argparse.Namespace) -> None:
-    """InputError for two jobs at once, or an option of a job that is not asked for: no option may do nothing."""
-    jobs = [job for job in ("evaluate", "restore", "compare") if getattr(args, job)]
+TRAINED = {"model", "lr", *COMMON, *DEFAULTS["unet"]}  # the options that decide what is trained
+USES = {  # what each job makes use of
+    "train": TRAINED | {"compile", "out", "resume"},
+    "compare": TRAINED - {"model", "act", "loss", "depth"} | {"compare", "compile", "out", "seeds"},
+    "evaluate": {"evaluate", "json", "res", "hole", "data", "val", "precision"},
+    "restore": {"restore", "checkpoint", "mask", "out"},
+}
+
+
+def choose_job(args: argparse.Namespace) -> str:
+    """Which of the four is asked for; InputError for two at once, or for an option that would do nothing."""
+    given = [name for name, value in vars(args).items() if name != "device" and value is not None and value is not False]
+    jobs = [name for name in given if name in USES] or ["train"]
     if len(jobs) > 1:
         raise InputError(f"--{jobs[0]} and --{jobs[1]} are two jobs: give one of them")
-    for option, job in (("json", "evaluate"), ("checkpoint", "restore"), ("mask", "restore"), ("seeds", "compare")):
-        if getattr(args, option) and job not in jobs:
-            raise InputError(f"--{option} goes with --{job} only: leave it out, or add --{job}")
+    for name in given:
+        if name not in USES[jobs[0]]:
+            place, other = f"with --{jobs[0]}", ""
+            if jobs == ["train"]:
+                place, other = "in a training", "".join(f", or add --{job}" for job in USES if name in USES[job])
+            raise InputError(f"--{name.replace('_', '-')} does nothing {place}: leave it out{other}")
+    return jobs[0]
+
+
+def data_path(text: str) -> str:
+    """--data as a run keeps it: absolute, so that it can go on from anywhere; 'synthetic' means the faces that are drawn."""
+    if text and text != "synthetic":
+        return os.path.abspath(text)
+    if not text or Path(text).exists():
+        raise InputError(f"--data {text!r}: give the path of a folder or zip (./synthetic for a folder of that name), or leave it out for faces that are drawn")
+    return text
 
 
 def train_command(args: argparse.Namespace) -> None:
     """Train a new run, or go on with one."""
-    options = training_options(args)
     rank, world = rank_and_world()
-    chosen = [choose_folder(args, options) if rank == 0 else None]
+    chosen = [choose_folder(args) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(chosen)
     folder, made = chosen[0]
     args.out = folder  # for the message after Ctrl-C
     try:
-        if args.resume:
-            options = stored_options(folder, args)
+        options = stored_options(folder, args) if args.resume else training_options(args)
         best = train(options, folder, args.resume, choose_device(args.device), args.compile)
-    except InputError:
+    except Exception:
         if rank == 0 and not args.resume and not (folder / "last.pt").exists():  # a mistake leaves nothing behind
             (folder / "config.json").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
@@ -1032,19 +1062,23 @@ def train_command(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The program: a mistake of the user ends in one line and exit code 2, Ctrl-C in 130."""
     args = parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have characters that the screen has not
     try:
-        check_jobs(args)
-        if args.evaluate:
-            evaluate(args)
-        elif args.restore:
-            restore_photos(args)
-        else:
-            with processes(args.device):
-                compare(args) if args.compare else train_command(args)
+        job = choose_job(args)
+        args.data = None if args.data is None else data_path(args.data)
+        with processes(args.device) if job in ("train", "compare") else contextlib.nullcontext():
+            {"train": train_command, "compare": compare, "evaluate": evaluate, "restore": restore_photos}[job](args)
     except InputError as error:
         stop(str(error), 2)
     except OSError as error:
-        stop(f"cannot read or write ({error}): what was saved before is whole; make room or name another folder", 2)
+        stop(f"cannot read or write ({error}): what was saved before is whole; make room, or see who may read and write there", 2)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|not enough memory", str(error)):
+            stop("out of memory: try a smaller --batch, --width or --res", 2)
+        if args.compile and type(error).__module__.startswith("torch._"):
+            stop(f"--compile failed ({str(error).splitlines()[0]}): leave it out, or install a C++ compiler", 2)
+        raise
     except KeyboardInterrupt:
         training = not args.compare and args.out and Path(args.out, "config.json").exists()
         resume = f"from the last epoch with: python inpaint.py --resume --out {shlex.quote(str(args.out))}"

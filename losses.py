@@ -42,10 +42,10 @@ def mse(output: torch.Tensor, image: torch.Tensor, mask: torch.Tensor, hole_weig
 TAPS, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 
 
-def gaussian_window(taps: int = TAPS, sigma: float = SIGMA) -> torch.Tensor:
-    """exp(-d^2 / (2 sigma^2)) at the distances d = -5 ... 5, scaled to the sum 1 -> float64 (taps,)."""
-    distance = torch.arange(taps, dtype=torch.float64) - (taps - 1) / 2
-    window = torch.exp(-distance.square() / (2 * sigma**2))
+def gaussian_window() -> torch.Tensor:
+    """exp(-d^2 / (2 sigma^2)) at the distances d = -5 ... 5, scaled to the sum 1 -> float64 (11,)."""
+    distance = torch.arange(TAPS, dtype=torch.float64) - (TAPS - 1) / 2
+    window = torch.exp(-distance.square() / (2 * SIGMA**2))
     return window / window.sum()
 
 
@@ -105,6 +105,7 @@ class _SSIM(torch.autograd.Function):
         return (luminance * structure).mean((1, 2, 3))
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # a second derivative is refused, not wrong
     def backward(ctx, gradient):
         """By the chain rule through cov = E[xy] - mx my and v = E[x^2 + y^2] - mx^2 - my^2; symmetric in x and y."""
         x, y, mx, my, px, py, below, spread, luminance, structure = ctx.saved_tensors

@@ -49,10 +49,10 @@ class UNet(nn.Module):
         (B, 384, 2, 2) ────────────────────────────────┘
 
     down = convolution 4 x 4, stride 2, batch norm, activation; up = the same, transposed; where a skip arrives, what came
-    up and what was kept stand side by side. The bottom sees the whole face, the skips keep every detail; `keep`, one
-    small convolution, lets the known pixels through to the last layer. Two things differ from the paper: the mask is a
-    fourth channel, for a white hole on a white wall could not be told apart otherwise; and the first level and the
-    bottom have no batch norm, which would wash out the colours there and, at 1 x 1, has too few values to count with.
+    up and what was kept stand side by side. The bottom sees the whole face (of 64 rows and columns all but one), the skips
+    keep every detail. Two things are not the paper's. The mask is a fourth channel: a white hole on a white wall could not
+    be told apart otherwise. `keep`, one small convolution, lets the known pixels through to the last layer. Batch norm is
+    left out at the first level, where it would wash out the colours, and at the bottom, which has too few values for it.
     """
 
     def __init__(self, depth: int, width: int, act: str):
@@ -89,7 +89,7 @@ class UNet(nn.Module):
         x = seen = torch.cat([damaged, mask.expand(len(damaged), 1, *damaged.shape[2:])], 1)
         skips = []
         for down in self.down:
-            x = down(x)  # level k: (B, width * 2^k, H / 2^(k + 1), W / 2^(k + 1))
+            x = down(x)  # level k: (B, width * min(2^k, 16), H / 2^(k + 1), W / 2^(k + 1))
             skips.append(x)
         skips.pop()  # the bottom is where we are
         for up in self.up:
