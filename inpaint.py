@@ -846,8 +846,8 @@ def compare(args: argparse.Namespace) -> None:
             write_table(out, table)
     strips = [("original", image), ("damaged", data.damage(image, mask))]
     for row in table:
-        label = f"{row['network']}\n{row['loss'].replace('+', ' + ')}\n{row['act']}" if row["loss"] else row["network"].replace(" ", "\n")
-        strips.append((label, row["faces"]))
+        lines = [row["network"], row["loss"].replace("+", " +\n"), row["act"]] if row["loss"] else row["network"].split()
+        strips.append(("\n".join(lines), row["faces"]))
     if rank_and_world()[0] == 0:
         data.save(out / "comparison.png", data.png(data.grid(strips, upright=True)))
         print(f"{out}/table.md and {out}/comparison.png are written")
