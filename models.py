@@ -76,7 +76,7 @@ class UNet(nn.Module):
     def start_by_keeping(self) -> None:
         """Let `keep` begin as sigmoid(5 (x - 1/2)), nearly x: the network starts from the damaged picture, not from grey.
 
-        It need not learn to copy, only to fill. For the GAN that is the difference between a stable run and a lost one.
+        It need not learn to copy, only to fill. A GAN that starts from grey fog is seen through at once (README, The GAN).
         """
         with torch.no_grad():
             self.keep.weight.zero_()
