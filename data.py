@@ -125,6 +125,8 @@ def open_photo(file, shortest: int | None = None) -> Image.Image:
         return to_rgb(picture)
     except InputError:
         raise
+    except FileNotFoundError:
+        raise InputError("does not exist") from None
     except Exception as error:  # a broken file can raise anything: OSError, SyntaxError, struct.error, ...
         raise InputError(f"not a picture that can be read ({str(error) or type(error).__name__})") from error
 
@@ -162,7 +164,7 @@ def list_pictures(path: Path) -> list[tuple]:
             with zipfile.ZipFile(path) as archive:
                 members = [info for info in archive.infolist() if _is_picture(info.filename)]
         except Exception as error:  # a damaged directory can raise more than BadZipFile
-            raise InputError(f"{path} is no zip, or is cut off ({error}): download or pack it again") from error
+            raise InputError(f"{path} is no zip, or is cut off ({error}): --data takes a folder of pictures or a whole .zip") from error
         if any(info.flag_bits & 1 for info in members):
             raise InputError(f"{path} is protected by a password: unpack it and give the folder to --data")
         found = [(info.filename, info.file_size, info.CRC) for info in members]
@@ -268,7 +270,8 @@ def _fill_cache(file: Path, path: Path, found: list[tuple], res: int, key: str) 
                 else:
                     stream.write(pixels.tobytes())
                 rate = done / (time.time() - began)
-                progress(f"reading {path.name}: {done}/{len(found)} pictures, {rate:.0f}/s{time_left(len(found) - done, rate)}")
+                if time.time() - began > 1:  # the first one waits for the processes, and tells nothing about the rate
+                    progress(f"reading {path.name}: {done}/{len(found)} pictures, {rate:.0f}/s{time_left(len(found) - done, rate)}")
             progress(None)
             _report_broken(path, broken, len(found))
             stream.write(_seal(key, len(found) - len(broken)))
@@ -291,7 +294,7 @@ def _sweep(folder: Path, pattern: str) -> None:
 def _report_broken(path: Path, broken: list[str], total: int) -> None:
     """Name the first ten on stderr; InputError if they are too many to be an accident."""
     if len(broken) > 0.05 * total:
-        raise InputError(f"{path}: {len(broken)} of {total} pictures are broken, the first is {broken[0]}: mend or remove them")
+        raise InputError(f"{path}: {len(broken)} of {total} pictures are broken, the first are {'; '.join(broken[:5])}: mend or remove them")
     if broken:
         print(f"{path}: {len(broken)} of {total} pictures are broken and left out:", *broken[:10], sep="\n  ", file=sys.stderr)
 
@@ -543,7 +546,9 @@ def synthetic_faces(n: int, res: int, seed: int = 0) -> torch.Tensor:
     numbers = torch.rand(n, 96, generator=torch.Generator().manual_seed(seed))
     faces = torch.empty(n, 3, res, res, dtype=torch.uint8)
     for part in torch.arange(n).split(max(1, (1 << 18) // res**2)):  # parts that stay in the processor's cache
+        progress(f"drawing faces: {int(part[0])}/{n}")
         faces[part] = _draw_faces(numbers[part], res).mul_(255).round_().to(torch.uint8)
+    progress(None)
     return faces
 
 
@@ -573,7 +578,7 @@ def png(picture: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-_shown = ["", 0.0]  # the progress line on the screen, and when it was last written
+_shown = ["", time.time()]  # the progress line on the screen, and when it was last written or ended
 
 
 def progress(line: str | None) -> None:
@@ -582,7 +587,7 @@ def progress(line: str | None) -> None:
     if line is None:
         if terminal and _shown[0]:
             print("\r" + " " * len(_shown[0]) + "\r", end="", file=sys.stderr, flush=True)
-        _shown[:] = "", (0.0 if terminal else _shown[1])
+        _shown[:] = "", _shown[1]
     elif time.time() - _shown[1] > (0.2 if terminal else 10):
         if terminal:
             line = line[: shutil.get_terminal_size().columns - 1]
@@ -660,6 +665,8 @@ def curves(rows: list[dict], panels: dict[str, list[str]]) -> Image.Image:
         values = [row[name] for name in names for row in rows if math.isfinite(row[name])] or [0.0]
         low, high = min(values), max(values)
         low, high = (low - 0.05 * (high - low), high + 0.05 * (high - low)) if high > low else (low - 0.5, high + 0.5)
+        low = max(low, 0.0) if min(values) >= 0 else low
+        ends = [(row[name] - low) / (high - low) for name in names for row in rows[-1 - len(rows) // 5 :] if math.isfinite(row[name])]
         first, last = epochs[0], max(epochs[-1], epochs[0] + 1)
         pen.text((x0, 6), title, "black", ImageFont.load_default(15))
         for tick in range(5):
@@ -678,5 +685,6 @@ def curves(rows: list[dict], panels: dict[str, list[str]]) -> Image.Image:
             pen.line(points, COLOURS[n % 5], 2) if len(points) > 1 else None
             for px, py in points[:: max(1, len(points) // 40)]:
                 pen.ellipse((px - 2, py - 2, px + 2, py + 2), COLOURS[n % 5])
-            pen.text((x1 - 4, y1 + 4 + 17 * n), name, COLOURS[n % 5], font, "ra")
+            place = y1 + 4 + 17 * n if sum(ends) < len(ends) / 2 else y0 - 4 - 17 * (len(names) - n)  # where the curves do not end
+            pen.text((x1 - 4, place), name, COLOURS[n % 5], font, "ra")
     return sheet

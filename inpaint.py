@@ -69,7 +69,7 @@ def number(kind: type, low: float, high: float, what: str):
     return read
 
 
-COUNT = number(int, 1, 10**6, "a whole number from 1 up")
+COUNT = number(int, 1, 10**6, "a whole number from 1 to 1,000,000")
 OPEN_UNIT = number(float, 1e-6, 1 - 1e-6, "a number between 0 and 1")
 
 
@@ -107,8 +107,8 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what to train")
     what.add_argument("--model", choices=DEFAULTS, help="the paper's network: sets the defaults of --res, --loss, --depth, --batch and --epochs; default unet")
     what.add_argument("--act", choices=models.ACTIVATIONS, help="activation function; default relu")
-    what.add_argument("--loss", type=loss_terms, metavar="TERMS", help="a sum of l1, mse, dssim, adversarial, as in 100*l1+adversarial; any with adversarial has a discriminator; default l1 (unet) or adversarial (gan)")
-    what.add_argument("--hole-weight", type=number(float, 1e-3, 1e6, "a number above 0"), metavar="X", help="l1 and mse count pixels in the hole X times (the paper: 1); default 10")
+    what.add_argument("--loss", type=loss_terms, metavar="TERMS", help=f"a sum of {', '.join(losses.TERMS)}, as in 100*l1+adversarial; any with adversarial has a discriminator; default l1 (unet) or adversarial (gan)")
+    what.add_argument("--hole-weight", type=number(float, 1e-3, 1e6, "a number from 0.001 to 1,000,000"), metavar="X", help="l1 and mse count pixels in the hole X times (the paper: 1); default 10")
     what.add_argument("--depth", type=number(int, 1, 9, "a whole number from 1 to 9"), metavar="N", help="levels of the U-Net; one more sees further; default 5 (unet) or 4 (gan)")
     what.add_argument("--width", type=number(int, 1, 1024, "a whole number from 1 to 1024"), metavar="N", help="channels of the first level; raise to 64 for 200,000 pictures and a GPU; default 24")
     d = p.add_argument_group("data")
@@ -120,8 +120,8 @@ def parser() -> argparse.ArgumentParser:
     t = p.add_argument_group("training")
     t.add_argument("--epochs", type=COUNT, metavar="N", help="times through the training pictures; the learning rate falls to 0 over them; default 20 (unet), 12 (gan) or 20 (--compare)")
     t.add_argument("--batch", type=COUNT, metavar="N", help="pictures a step, for each process; raise to 256 on a GPU, and --lr with it; default 32 (unet) or 64 (gan)")
-    t.add_argument("--lr", type=number(float, 1e-12, 10, "a number above 0"), metavar="X", help="learning rate of Adam at the start; the discriminator's is at most 0.0002; default 0.002, for adversarial alone 0.0002")
-    t.add_argument("--seed", type=number(int, 0, 2**31, "a whole number from 0 up"), metavar="N", help="of weights and order; default 0")
+    t.add_argument("--lr", type=number(float, 1e-12, 10, "a number above 0 and at most 10"), metavar="X", help="learning rate of Adam at the start; the discriminator's is at most 0.0002; default 0.002, for adversarial alone 0.0002")
+    t.add_argument("--seed", type=number(int, 0, 2**31, "a whole number from 0 to 2,147,483,648"), metavar="N", help="of weights and order; default 0")
     r = p.add_argument_group("running")
     r.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto: a GPU if there is one")
     r.add_argument("--precision", choices=["auto", "bfloat16", "float32"], help="of the networks; default auto: bfloat16 where the device is fast at it")
@@ -407,9 +407,10 @@ def read_checkpoint(path: str | Path, device: torch.device) -> dict:
             state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give the best.pt or last.pt of a run folder") from None
-    except Exception as error:
-        reason = str(error).split("\n")[0][:100] or type(error).__name__
-        raise InputError(f"{path} is no checkpoint that can be read ({reason}): give the best.pt of a run") from error
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder: give {Path(path) / 'best.pt'}") from None
+    except Exception as error:  # what torch says of a strange file fills a screen and helps nobody
+        raise InputError(f"{path} is no checkpoint, or damaged: give the best.pt or last.pt of another run, or train again") from error
     if not isinstance(state, dict) or state.get("kind") != KIND:
         raise InputError(f"{path} is a file of another program: give the best.pt or last.pt of a run folder")
     if state.get("version") != VERSION:
@@ -434,13 +435,15 @@ def sound_options(path: str | Path, options: dict) -> dict:
     return options
 
 
-def check_same(given: dict, stored: dict, folder: Path) -> None:
+def check_same(given: dict, stored: dict, folder: Path, advice: str | None = None) -> None:
     """InputError naming both values if an option given (not None) contradicts the run in the folder."""
+    special = {"data": "put the pictures back there, or start a new run", "epochs": "give more than that, or leave it out"}
     for name, value in stored.items():
         new = given.get(name)
         if new not in (None, value):
             flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {new} contradicts {flag} {value} of the run in {folder}: leave it out, or start a new run")
+            what_to_do = advice or special.get(name, "leave it out, or start a new run")
+            raise InputError(f"{flag} {new} contradicts {flag} {value} of the run in {folder}: {what_to_do}")
 
 
 def load_painter(path: str | Path, device: torch.device) -> Run:
@@ -504,7 +507,8 @@ def choose_folder(args: argparse.Namespace) -> tuple[Path, list[Path]]:
     if args.resume:
         folder = Path(name) if args.out else (numbered(name)[:-1] or [Path(name)])[-1]
         if not (folder / "config.json").is_file():
-            raise InputError(f"--resume: there is no run in {folder}; name its folder with --out, or start without --resume")
+            known = ", ".join(sorted(str(file.parent) for file in Path("runs").glob("*/config.json")))
+            raise InputError(f"--resume: there is no run in {folder.absolute()}; name its folder with --out{known and f' (here are {known})'}, or start without --resume")
         return folder, []
     folder = Path(name)
     if args.out and (folder / "config.json").exists():
@@ -524,13 +528,15 @@ def check_writable(folder: Path) -> None:
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--out {folder}: {parent} is no folder that can be written to; name another")
+        raise InputError(f"--out {folder}: {parent.absolute()} is no folder that can be written to; name another")
 
 
 def stored_options(folder: Path, args: argparse.Namespace) -> dict:
     """The options of a stored run; those given now may not contradict them, but --epochs may grow."""
     if (folder / "last.pt").exists():
         options = read_checkpoint(folder / "last.pt", torch.device("cpu"))["options"]
+    elif (folder / "best.pt").exists():
+        raise InputError(f"{folder / 'last.pt'} is missing, and no run goes on without it; best.pt still restores and can be evaluated")
     else:
         try:
             options = json.loads((folder / "config.json").read_text())["options"]
@@ -549,6 +555,7 @@ def describe(run: Run) -> dict:
         "options": run.options,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__},
         "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{run.device.type} {platform.machine()}",
+        "precision": "bfloat16" if run.bfloat16 else "float32",
         "processes": rank_and_world()[1],
         "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items() if net},
     }
@@ -699,7 +706,7 @@ def finish_epoch(run: Run, folder: Path, row: dict, validation: torch.Tensor, ma
     write_log(folder, run)
     data.progress(None)
     means = "  ".join(f"{name} {row[name]:.4f}" for name in [*run.weights, "D(x)", "D(G)"] if name in row)
-    print(f"epoch {run.epoch}/{run.options['epochs']}  {row['seconds']:.0f} s  {row['images_per_second']:.0f} images/s  {means}"
+    print(f"epoch {run.epoch}/{run.options['epochs']}  {row['seconds']:.0f} s so far  {row['images_per_second']:.0f} images/s  {means}"
           f"  psnr_hole {row['psnr_hole']:.2f}  psnr_output {row['psnr_output']:.2f}", flush=True)  # fmt: skip
 
 
@@ -716,7 +723,9 @@ def start(run: Run, folder: Path, resume: bool, validation: torch.Tensor, mask: 
             write_log(folder, run)
         else:
             write_pictures(folder, run, validation, mask, best=True)
-        print(f"{folder}: {run.setting[1]} pictures to train on, {len(validation)} to validate, on {describe(run)['device']}"
+        device, precision = describe(run)["device"], describe(run)["precision"]
+        done = ", all epochs done: give more --epochs to go on" if run.epoch == options["epochs"] else ""
+        print(f"{folder}: {run.setting[1]} pictures to train on, {len(validation)} to validate, on {device}, {precision}{done}"
               f"{f', {run.setting[0]} processes' if run.setting[0] > 1 else ''}", flush=True)  # fmt: skip
 
 
@@ -764,6 +773,8 @@ def evaluate(args: argparse.Namespace) -> None:
     check_options(run.options | {"val": 0.5})
     if args.json and not Path(args.json).parent.is_dir():
         raise InputError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
+    if args.json and Path(args.json).exists() and not Path(args.json).is_file():
+        raise InputError(f"--json {args.json} is no file that can be replaced: name another")
     pixels = data.split(load_pixels(run.options), run.options["val"])[1]
     if not len(pixels):
         raise InputError(f"--val {run.options['val']} of --data {run.options['data']} leaves no picture to measure: give more of them")
@@ -820,7 +831,7 @@ def compare(args: argparse.Namespace) -> None:
         folder = out / f"{Path(default_folder(options)).name}-depth{options['depth']}-seed{seed}"
         if (folder / "last.pt").exists():
             state = read_checkpoint(folder / "last.pt", torch.device("cpu"))
-            check_same(options, state["options"], folder)
+            check_same(options, state["options"], folder, "give the options of the first time again, or another --out")
             finished |= {folder} if state["epoch"] == options["epochs"] else set()
         work.append((row, options, folder))
     work.sort(key=lambda job: job[2] not in finished)  # until those are read, the table of the last time stays
@@ -902,10 +913,14 @@ def photo_mask(file: str | None, photo: PIL.Image.Image, hole: float) -> torch.T
         raise InputError(f"--mask {file}: {error}") from error
     if abs(picture.width * height - width * picture.height) > max(width, height, *picture.size):  # a pixel's rounding is allowed
         raise InputError(f"--mask {file} is {picture.width} x {picture.height}, the photo {width} x {height}: it takes the same proportions")
-    mask = torch.from_numpy(np.asarray(picture.resize(photo.size, PIL.Image.Resampling.NEAREST)) >= 128)[None]
+    values = np.asarray(picture.resize(photo.size, PIL.Image.Resampling.NEAREST))
+    grey = float(((values > 48) & (values < 208)).mean())
+    if grey > 0.2:  # a soft brush and a JPEG make some
+        raise InputError(f"--mask {file} is {grey:.0%} grey, like a photo: paint white what is to be filled, the rest black")
+    mask = torch.from_numpy(values >= 128)[None]
     if mask.all() or not mask.any():
         colour, missing = ("white", "everything") if mask.all() else ("black", "nothing")
-        raise InputError(f"--mask {file} is all {colour}, so {missing} is missing: paint white what is to be filled")
+        raise InputError(f"--mask {file} is all {colour}, so {missing} is missing: paint white what is to be filled, the rest black")
     return mask.float()
 
 
@@ -920,7 +935,7 @@ def fill(run: Run, photo: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
     The network sees the smallest square in which the hole takes the share it was trained on, in the centre; beyond the
     photo's border its last pixels are repeated. What it paints is scaled back. Then the difference at the rim between
-    the known pixels and the painted ones, carried on into the hole by Laplace's equation, is added: no seam is left.
+    the known pixels and the painted ones, carried on into the hole by Laplace's equation, is added: no step is left there.
     """
     res, (height, width) = run.options["res"], photo.shape[1:]
     rows, columns = mask[0].any(1).nonzero()[:, 0], mask[0].any(0).nonzero()[:, 0]
@@ -965,19 +980,24 @@ def restore_photo(run: Run, file: Path, mask_file: str | None, out: Path) -> Non
     data.save(out / f"{name}-restored.png", data.png(picture))
     parts = {"damaged": data.to_picture(data.damage(image, mask)), "restored": picture} | ({} if mask_file else {"original": photo})
     data.save(out / f"{name}-compare.png", data.png(data.side_by_side(parts)))
-    print(out / f"{name}-restored.png")
+    print(out / f"{name}-restored.png", out / f"{name}-compare.png")
 
 
 def restore_photos(args: argparse.Namespace) -> None:
-    """All photos of --restore; those that cannot be read are named at the end, and the others restored all the same."""
+    """All photos of --restore; those that cannot be read are named at the end, and the others restored all the same.
+
+    In folders, what was restored before is passed over.
+    """
     if not args.checkpoint:
         raise InputError("--restore needs --checkpoint: the best.pt of a run folder")
     run, out, broken = load_painter(args.checkpoint, choose_device(args.device)), Path(args.out or "restored"), []
     check_writable(out)
     files = []
     for path in map(Path, args.restore):
-        found = [path / name for name, *_ in data.list_pictures(path)] if path.is_dir() else [path]
-        files += [file for file in found if not path.is_dir() or out.resolve() not in file.resolve().parents]
+        found = [path / name for name, *_ in data.list_pictures(path)] if path.is_dir() else []
+        files += [file for file in found if not file.stem.endswith(("-restored", "-compare"))] if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{' '.join(args.restore)} holds only what was restored before: name photos, or another folder")
     for file in files:
         try:
             restore_photo(run, file, args.mask, out)
@@ -1048,6 +1068,8 @@ def train_command(args: argparse.Namespace) -> None:
     args.out = folder  # for the message after Ctrl-C
     try:
         options = stored_options(folder, args) if args.resume else training_options(args)
+        if args.hole_weight is not None and not {"l1", "mse"} & set(losses.parse_loss(options["loss"])):
+            raise InputError(f"--hole-weight does nothing with --loss {options['loss']}: it counts in l1 and mse only, leave it out")
         best = train(options, folder, args.resume, choose_device(args.device), args.compile)
     except Exception:
         if rank == 0 and not args.resume and not (folder / "last.pt").exists():  # a mistake leaves nothing behind

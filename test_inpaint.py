@@ -1,6 +1,6 @@
 """What this project promises, one test a promise, in the order of its files: data, models, losses, the program.
 
-    python -m pytest                     everything quick, one to two minutes
+    python -m pytest                     everything quick, about 80 seconds
     SLOW=1 python -m pytest              also twenty kills, a thousand damaged files and a real training
     python test_inpaint.py               no tests: how fast all of it is on this machine, as a table
     pytest -v                            reads as the list of promises
@@ -1076,6 +1076,11 @@ def test_a_folder_restored_again_leaves_its_own_outputs_alone(tiny_run, tmp_path
     for _ in range(2):
         assert command("--restore", ".", "--checkpoint", tiny_run / "best.pt", "--device", "cpu") == 0
     assert len(list(Path("restored").iterdir())) == 4
+    for _ in range(2):
+        assert command("--restore", ".", "--out", ".", "--checkpoint", tiny_run / "best.pt", "--device", "cpu") == 0
+    assert len(list(Path().glob("000*"))) == 1 + 4
+    Path("000.jpg").unlink()
+    assert command("--restore", "restored", "--out", "restored", "--checkpoint", tiny_run / "best.pt", "--device", "cpu") == 2
 
 
 def test_a_mask_may_be_larger_than_its_photo_by_the_rounding_of_a_pixel():
@@ -1227,6 +1232,8 @@ def traps(tmp_path, tiny_run, monkeypatch):
     torch.save(state | {"kind": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Evil()))
     shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.copytree(tiny_run, tmp_path / "headless")
+    (tmp_path / "headless" / "last.pt").unlink()
     monkeypatch.setattr(data, "SYNTHETIC", 30)
     Image.new("L", (40, 40), 0).save(tmp_path / "black.png")
     Image.new("L", (40, 40), 255).save(tmp_path / "white.png")
@@ -1308,7 +1315,7 @@ REFUSED = {
     "a checkpoint whose weights do not fit": ("--evaluate width.pt", "damaged"),
     "a checkpoint that would run code": ("--evaluate evil.pt", "no checkpoint"),
     "a pickle that would run code": ("--evaluate pickle.pt", "no checkpoint"),
-    "a checkpoint that is a folder": ("--evaluate run", "no checkpoint"),
+    "a checkpoint that is a folder": ("--evaluate run", "run/best.pt"),
     "restore without a checkpoint": ("--restore good/000.jpg", "needs --checkpoint"),
     "a photo that does not exist": ("--restore nobody.jpg --checkpoint best.pt", "nobody.jpg"),
     "a photo that is text": ("--restore file --checkpoint best.pt", "file"),
@@ -1326,6 +1333,10 @@ REFUSED = {
     "a checkpoint of an empty name": ("--evaluate=", "does not exist"),
     "data of an empty name": ("--data=", "give the path"),
     "data that could be drawn or a folder": ("--data synthetic", "./synthetic"),
+    "a photo as a mask": (f"{PHOTO} --mask good/001.jpg", "grey, like a photo"),
+    "a hole weight that nothing counts": ("--model gan --hole-weight 3", "does nothing with --loss adversarial"),
+    "resume of a run whose last.pt is gone": ("--resume --out headless", "last.pt is missing"),
+    "json into what is no file": ("--evaluate best.pt --json good", "no file that can be replaced"),
     "json into no folder": ("--evaluate best.pt --json nowhere/a.json", "no folder"),
     "resume with other pictures": ("--resume --out run --epochs 3", "start it as before"),
     "compare with a model": ("--compare --model gan", "--model does nothing with --compare"),
