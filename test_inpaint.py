@@ -1648,14 +1648,13 @@ def compare_training(folder, device, steps=24):
 
 def one_size(device, change, steps=3):
     """(milliseconds a picture, peak memory in MB) of the U-Net's step with 16 pictures, in a process of its own."""
-    import resource
-
     run, res = bench_run("unet", device, **change), change["res"]
     image = torch.rand(16, 3, res, res, device=device).contiguous(memory_format=torch.channels_last)
     mask = data.center_hole(res, 0.3).to(device)
     ms = median_ms({"step": lambda: (inpaint.training_step(run, image, mask), finish(device))}, steps)["step"]
     on_gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return ms / 16, (on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**20
+    status = Path("/proc/self/status")  # getrusage would tell the parent's peak here
+    return ms / 16, on_gpu / 2**20 or (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024 if status.exists() else math.nan)
 
 
 def compare_sizes(device):
