@@ -724,7 +724,7 @@ def start(run: Run, folder: Path, resume: bool, validation: torch.Tensor, mask: 
         else:
             write_pictures(folder, run, validation, mask, best=True)
         device, precision = describe(run)["device"], describe(run)["precision"]
-        done = ", all epochs done: give more --epochs to go on" if run.epoch == options["epochs"] else ""
+        done = ", all epochs done" if run.epoch == options["epochs"] else ""
         print(f"{folder}: {run.setting[1]} pictures to train on, {len(validation)} to validate, on {device}, {precision}{done}"
               f"{f', {run.setting[0]} processes' if run.setting[0] > 1 else ''}", flush=True)  # fmt: skip
 
