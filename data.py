@@ -13,6 +13,7 @@ Try it:  python -c "import data; data.grid([('faces', data.synthetic_faces(8, 64
 import concurrent.futures
 import contextlib
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -269,8 +270,9 @@ def _fill_cache(file: Path, path: Path, found: list[tuple], res: int, key: str) 
                     broken.append(f"{found[done - 1][0]}: {pixels}")
                 else:
                     stream.write(pixels.tobytes())
-                rate = done / (time.time() - began)
-                if time.time() - began > 1:  # the first one waits for the processes, and tells nothing about the rate
+                seconds = time.time() - began
+                if seconds > 1:  # the first picture waits for the processes, and tells nothing about the rate
+                    rate = done / seconds
                     progress(f"reading {path.name}: {done}/{len(found)} pictures, {rate:.0f}/s{time_left(len(found) - done, rate)}")
             progress(None)
             _report_broken(path, broken, len(found))
@@ -559,7 +561,7 @@ def save(path: str | Path, data: bytes) -> None:
     """Write a file whole or not at all: aside, flushed to the disk, then renamed into place."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # its own: two runs in one folder may not share it
-    _sweep(path.parent, f".{path.name}.*.tmp")
+    _sweep(path.parent, f".{glob.escape(path.name)}.*.tmp")
     try:
         with open(aside, "wb") as stream:
             stream.write(data)
@@ -578,7 +580,7 @@ def png(picture: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-_shown = ["", time.time()]  # the progress line on the screen, and when it was last written or ended
+_shown = ["", time.time()]  # the progress line on the screen, and when one was last written
 
 
 def progress(line: str | None) -> None:
@@ -587,7 +589,7 @@ def progress(line: str | None) -> None:
     if line is None:
         if terminal and _shown[0]:
             print("\r" + " " * len(_shown[0]) + "\r", end="", file=sys.stderr, flush=True)
-        _shown[:] = "", _shown[1]
+        _shown[0] = ""
     elif time.time() - _shown[1] > (0.2 if terminal else 10):
         if terminal:
             line = line[: shutil.get_terminal_size().columns - 1]

@@ -507,8 +507,8 @@ def choose_folder(args: argparse.Namespace) -> tuple[Path, list[Path]]:
     if args.resume:
         folder = Path(name) if args.out else (numbered(name)[:-1] or [Path(name)])[-1]
         if not (folder / "config.json").is_file():
-            known = ", ".join(sorted(str(file.parent) for file in Path("runs").glob("*/config.json")))
-            raise InputError(f"--resume: there is no run in {folder.absolute()}; name its folder with --out{known and f' (here are {known})'}, or start without --resume")
+            known = ", ".join(sorted(str(file.parent) for file in Path("runs").glob("*/config.json"))) or "none in runs/"
+            raise InputError(f"--resume: there is no run in {folder.absolute()}; name its folder with --out (here: {known}), or start without --resume")
         return folder, []
     folder = Path(name)
     if args.out and (folder / "config.json").exists():
@@ -718,14 +718,14 @@ def start(run: Run, folder: Path, resume: bool, validation: torch.Tensor, mask: 
         run.options = options  # --epochs may have grown
     if rank_and_world()[0] == 0:
         save_checkpoint(folder / "last.pt", run, everything=True)
-        data.save(folder / "config.json", to_json(describe(run)))
+        about = describe(run)
+        data.save(folder / "config.json", to_json(about))
         if run.rows:
             write_log(folder, run)
         else:
             write_pictures(folder, run, validation, mask, best=True)
-        device, precision = describe(run)["device"], describe(run)["precision"]
         done = ", all epochs done" if run.epoch == options["epochs"] else ""
-        print(f"{folder}: {run.setting[1]} pictures to train on, {len(validation)} to validate, on {device}, {precision}{done}"
+        print(f"{folder}: {run.setting[1]} pictures to train on, {len(validation)} to validate, on {about['device']}, {about['precision']}{done}"
               f"{f', {run.setting[0]} processes' if run.setting[0] > 1 else ''}", flush=True)  # fmt: skip
 
 
@@ -832,7 +832,8 @@ def compare(args: argparse.Namespace) -> None:
         if (folder / "last.pt").exists():
             state = read_checkpoint(folder / "last.pt", torch.device("cpu"))
             check_same(options, state["options"], folder, "give the options of the first time again, or another --out")
-            finished |= {folder} if state["epoch"] == options["epochs"] else set()
+            if state["epoch"] == options["epochs"]:
+                finished.add(folder)
         work.append((row, options, folder))
     work.sort(key=lambda job: job[2] not in finished)  # until those are read, the table of the last time stays
     training, validation = load_split(options)
@@ -994,8 +995,11 @@ def restore_photos(args: argparse.Namespace) -> None:
     check_writable(out)
     files = []
     for path in map(Path, args.restore):
-        found = [path / name for name, *_ in data.list_pictures(path)] if path.is_dir() else []
-        files += [file for file in found if not file.stem.endswith(("-restored", "-compare"))] if path.is_dir() else [path]
+        if path.is_dir():
+            found = (path / name for name, *_ in data.list_pictures(path))
+            files += [file for file in found if not file.stem.endswith(("-restored", "-compare"))]
+        else:
+            files.append(path)
     if not files:
         raise InputError(f"{' '.join(args.restore)} holds only what was restored before: name photos, or another folder")
     for file in files:
@@ -1040,22 +1044,22 @@ def choose_job(args: argparse.Namespace) -> str:
     jobs = [name for name in given if name in USES] or ["train"]
     if len(jobs) > 1:
         raise InputError(f"--{jobs[0]} and --{jobs[1]} are two jobs: give one of them")
+    job = jobs[0]
     for name in given:
-        if name not in USES[jobs[0]]:
-            place, other = f"with --{jobs[0]}", ""
-            if jobs == ["train"]:
-                place, other = "in a training", "".join(f", or add --{job}" for job in USES if name in USES[job])
-            raise InputError(f"--{name.replace('_', '-')} does nothing {place}: leave it out{other}")
-    return jobs[0]
+        if name not in USES[job]:
+            flag, place = "--" + name.replace("_", "-"), "in a training" if job == "train" else f"with --{job}"
+            add = "".join(f", or add --{other}" for other in USES if job == "train" and name in USES[other])
+            raise InputError(f"{flag} does nothing {place}: leave it out{add}")
+    return job
 
 
 def data_path(text: str) -> str:
     """--data as a run keeps it: absolute, so that it can go on from anywhere; 'synthetic' means the faces that are drawn."""
-    if text and text != "synthetic":
-        return os.path.abspath(text)
-    if not text or Path(text).exists():
+    if text == "synthetic" and not Path(text).exists():
+        return text
+    if text in ("", "synthetic"):
         raise InputError(f"--data {text!r}: give the path of a folder or zip (./synthetic for a folder of that name), or leave it out for faces that are drawn")
-    return text
+    return os.path.abspath(text)
 
 
 def train_command(args: argparse.Namespace) -> None:
@@ -1088,7 +1092,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have characters that the screen has not
     try:
         job = choose_job(args)
-        args.data = None if args.data is None else data_path(args.data)
+        if args.data is not None:
+            args.data = data_path(args.data)
         with processes(args.device) if job in ("train", "compare") else contextlib.nullcontext():
             {"train": train_command, "compare": compare, "evaluate": evaluate, "restore": restore_photos}[job](args)
     except InputError as error:

@@ -941,8 +941,8 @@ def test_bfloat16_trains_and_its_metrics_are_float32(monkeypatch):
     seen, measure = set(), inpaint.measure
     hook = torch.nn.modules.module.register_module_forward_hook(lambda layer, _, out: seen.add(out.dtype) if isinstance(layer, torch.nn.Conv2d) else None)
     monkeypatch.setattr(inpaint, "measure", lambda output, *rest: seen.add(("measured", output.dtype)) or measure(output, *rest))
-    assert command("--epochs", 1, "--out", "run", "--precision", "bfloat16", *TINY) == 0
-    hook.remove()
+    with hook:
+        assert command("--epochs", 1, "--out", "run", "--precision", "bfloat16", *TINY) == 0
     assert math.isfinite(json.loads(Path("run/results.json").read_text())["psnr_hole"])
     assert seen == {torch.bfloat16, ("measured", torch.float32)}
 
@@ -1087,6 +1087,15 @@ def test_a_mask_may_be_larger_than_its_photo_by_the_rounding_of_a_pixel():
     photo = Image.new("RGB", (1000, 751))
     save_mask("mask.png", (4000, 3002), (400, 400, 800, 800))
     assert inpaint.photo_mask("mask.png", photo, 0.3).shape == (1, 751, 1000)
+
+
+def test_a_photo_may_have_any_name(tiny_run, tmp_path):
+    names = ["a b.jpg", "[1].jpg", "ä ÿ.jpg"] + (["**.jpg"] if os.name != "nt" else [])
+    for name in names:
+        write_photos(tmp_path, 1, 40)
+        Path("000.jpg").rename(name)
+    assert command("--restore", *names, "--checkpoint", tiny_run / "best.pt", "--device", "cpu") == 0
+    assert {file.stem for file in Path("restored").glob("*-restored.png")} == {Path(name).stem + "-restored" for name in names}
 
 
 def test_nothing_is_overwritten_names_are_numbered(tiny_run, tmp_path):
