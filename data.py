@@ -1,16 +1,16 @@
-"""Chapter 1, data.py: everything that reads, damages or draws pictures (paper, section 2.1 and figures 1 and 4).
+"""Chapter 1, data.py: everything that reads, damages or draws pictures (paper, section 2.1, figures 1 and 4).
 
-What you learn here: how a folder or zip of photographs becomes one tensor of bytes; how a hole
-is cut; how a batch is taken without a DataLoader; how to draw a face with nothing but ellipses.
+What you learn here: how a hole is cut; how a folder or zip of photographs becomes one tensor of bytes; how a
+batch is taken from it; how to draw a face with nothing but ellipses.
 
     pixels  uint8 (N, 3, res, res)    on disk and in the data set, because a byte is enough
-    images  float (B, 3, res, res)    in [0, 1], everywhere else
+    image   float (B, 3, res, res)    in [0, 1], everywhere else
     mask    float (B, 1, res, res)    1 in the hole, 0 where the picture is known
 
 Try it:  python -c "import data; data.grid([('faces', data.synthetic_faces(8, 64, 0))]).save('faces.png')"
 """
 
-import concurrent.futures
+import collections
 import contextlib
 import functools
 import glob
@@ -21,33 +21,18 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-
-PICTURES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif",
-    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".tga", ".jp2", ".avif",
-)  # fmt: skip
-RECIPE = "central square, Lanczos, version 1"  # part of the cache's key: change it when the decoding changes
-LARGEST_FILE = 1 << 28  # a picture file of more than 256 MB is a mistake or an attack
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow warns, open_photo refuses
-SYNTHETIC = 5000  # how many faces the built-in data set has
-
-
-class InputError(Exception):
-    """A mistake of the user, told in one line: what was wrong, where, what to do about it."""
-
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 # --- The hole -------------------------------------------------------------------------------------
 
@@ -87,49 +72,91 @@ def center_hole(res: int, fraction: float) -> torch.Tensor:
     return box_mask(center_box(res, fraction), res)
 
 
-def damage(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """White where the mask is 1 (section 2.1, figure 1): images (B, 3, H, W) in [0, 1] -> the same shape."""
-    return images * (1 - mask) + mask
+def damage(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """White where the mask is 1 (section 2.1, figure 1): image (B, 3, H, W) in [0, 1] -> the same shape."""
+    return image * (1 - mask) + mask
+
+
+def paste(output: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The output in the hole, the image elsewhere: the restored picture, which a user keeps."""
+    return output * mask + image * (1 - mask)
 
 
 # --- One picture: a file becomes pixels -----------------------------------------------------------
 
+PICTURES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif",
+    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".tga", ".jp2", ".avif",
+)  # fmt: skip
+LARGEST_FILE = 1 << 28  # a picture file of more than 256 MB is a mistake or an attack
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow warns, open_photo refuses
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = (
+    LARGEST_FILE  # a long comment costs no picture
+)
+SIGNATURE = "inpaint.py"  # stands in every picture that this program writes: its outputs are never its data
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+
+class InputError(Exception):
+    """A mistake of the user, told in one line: what was wrong, where, what to do about it."""
+
+
+class Broken(InputError):
+    """A file that was read and holds no picture. (One that cannot be read just now may be whole.)"""
+
+
+def open_photo(content: bytes, shortest: int | None = None, behind: str = "white") -> Image.Image:
+    """The bytes of a picture file -> upright RGB picture, its first frame, transparency laid on the colour
+    `behind`.
+
+    With `shortest`, a JPEG that is at least twice as large is decoded at 1/2, 1/4 or 1/8 of its size: its 8
+    x 8 blocks of frequencies can be read as 4 x 4, which saves most of the work. Broken if it is no
+    picture.
+    """
+    try:
+        picture = Image.open(io.BytesIO(content))
+        width, height = picture.size
+        if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
+            raise Broken(f"{width} x {height} pixels: more than Pillow's limit against decompression bombs")
+        if shortest and min(width, height) >= 2 * shortest:
+            scale = shortest / min(width, height)
+            picture.draft(None, (int(width * scale), int(height * scale)))
+        picture.load()
+    except Broken:
+        raise
+    except Exception as error:  # a broken file can raise anything: OSError, SyntaxError, struct.error, ...
+        raise Broken(f"not a picture that can be read ({str(error) or type(error).__name__})") from error
+    with contextlib.suppress(Exception):  # an orientation that cannot be read does not cost the picture
+        ImageOps.exif_transpose(picture, in_place=True)
+    return to_rgb(picture, behind)
+
+
+def read_photo(file: Path, behind: str = "white") -> Image.Image:
+    """open_photo of a file; InputError if it cannot be read."""
+    try:
+        return open_photo(read_file(file), behind=behind)
+    except FileNotFoundError:
+        raise InputError("does not exist") from None
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})") from error
+
+
+def read_file(file: Path) -> bytes:
+    """The content of a file; Broken if it is too large."""
+    if file.stat().st_size > LARGEST_FILE:
+        raise Broken(f"larger than {LARGEST_FILE >> 20} MB")
+    return file.read_bytes()
+
+
+def to_rgb(picture: Image.Image, behind: str) -> Image.Image:
     """Any mode -> 8-bit RGB. 16-bit, 32-bit and float pictures are scaled, where Pillow would clip them."""
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # straight to RGB, Pillow would warn
+    if picture.has_transparency_data and picture.mode[0] not in "IF":
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, behind), picture).convert("RGB")
     if picture.mode[0] not in "IF":
         return picture if picture.mode == "RGB" else picture.convert("RGB")
     values = np.nan_to_num(np.asarray(picture).astype(np.float32))
     top = max(1.0 if picture.mode == "F" else 65535.0, float(values.max()))
-    grey = Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
-    return grey.convert("RGB")
-
-
-def open_photo(file, shortest: int | None = None) -> Image.Image:
-    """A picture file (path or stream) -> upright RGB picture, its first frame; transparency is dropped.
-
-    With `shortest`, a JPEG that is at least twice as large is decoded at 1/2, 1/4 or 1/8 of its size:
-    its 8 x 8 blocks of frequencies can be read as 4 x 4, which saves most of the work. Whatever is wrong
-    with the file is an InputError.
-    """
-    try:
-        picture = Image.open(file)
-        width, height = picture.size
-        if width * height > Image.MAX_IMAGE_PIXELS:
-            raise InputError(f"{width} x {height} pixels: more than Pillow's limit against decompression bombs")
-        if shortest and min(width, height) >= 2 * shortest:
-            scale = shortest / min(width, height)
-            picture.draft(None, (int(width * scale), int(height * scale)))
-        ImageOps.exif_transpose(picture, in_place=True)
-        return to_rgb(picture)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError("does not exist") from None
-    except Exception as error:  # a broken file can raise anything: OSError, SyntaxError, struct.error, ...
-        raise InputError(f"not a picture that can be read ({str(error) or type(error).__name__})") from error
+    return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
 
 
 def central_square(picture: Image.Image, res: int) -> Image.Image:
@@ -144,186 +171,241 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
+def is_ours(content: bytes) -> bool:
+    """Whether this program wrote a picture file."""
+    with contextlib.suppress(Exception):  # what cannot be opened is not ours
+        info = Image.open(io.BytesIO(content)).info
+        return SIGNATURE in (info.get("Software"), info.get("comment", b"").decode(errors="replace"))
+    return False
+
+
 # --- A data set: a folder or zip becomes one tensor -----------------------------------------------
 
 
-def list_pictures(path: Path) -> list[tuple]:
-    """(name, size, time or checksum) of every picture in a folder or zip, to the bottom, sorted by name.
+def list_pictures(path: Path) -> tuple[list[tuple], collections.Counter]:
+    """(name, size, time or checksum) of every picture in a folder or zip, sorted by name; the kinds passed
+    over.
 
-    Other files, hidden ones, hidden folders and the __MACOSX litter of some zips are passed over.
+    Folders are searched to the bottom, linked ones too. Hidden files and folders and the __MACOSX litter of
+    some zips do not count at all.
     """
     if not path.exists():
-        raise InputError(f"{path} does not exist: --data takes a folder of pictures or a .zip")
-    if path.is_dir():
-        try:
-            files = [(file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file()]
-            found = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in files if _is_picture(name)]
-        except OSError as error:
-            raise InputError(f"{path} cannot be searched ({error}): see who may read it") from error
-    else:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                members = [info for info in archive.infolist() if _is_picture(info.filename)]
-        except Exception as error:  # a damaged directory can raise more than BadZipFile
-            raise InputError(f"{path} is no zip, or is cut off ({error}): --data takes a folder of pictures or a whole .zip") from error
-        if any(info.flag_bits & 1 for info in members):
-            raise InputError(f"{path} is protected by a password: unpack it and give the folder to --data")
-        found = [(info.filename, info.file_size, info.CRC) for info in members]
+        raise InputError(f"{path} does not exist: it takes a folder of pictures or a .zip")
+    try:
+        files = walk(path) if path.is_dir() else members(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be searched ({error}): see who may read it") from error
+    visible = [file for file in files if not any(hidden(part) for part in file[0].split("/"))]
+    found = sorted(file for file in visible if file[0].lower().endswith(PICTURES))
+    passed = collections.Counter(
+        Path(name).suffix.lower() or "no suffix" for name, *_ in set(visible) - set(found)
+    )
     if not found:
-        raise InputError(f"{path} holds no picture ({' '.join(PICTURES)})")
-    return sorted(found)
+        kinds = f"; it holds {in_words(passed)}" if passed else ""
+        raise InputError(f"{path} holds no picture ({' '.join(PICTURES)}){kinds}")
+    return found, passed
 
 
-def _is_picture(name: str) -> bool:
-    parts = name.split("/")
-    return name.lower().endswith(PICTURES) and not any(part == "__MACOSX" or part.startswith(".") and part != "." for part in parts)
+def hidden(part: str) -> bool:
+    """Whether a part of a path is none of ours."""
+    return part == "__MACOSX" or part.startswith(".") and part != "."
 
 
-def decode(source, name: str, res: int) -> np.ndarray:
-    """One picture of a folder (a Path) or of an open zip -> uint8 (3, res, res); InputError if broken."""
-    if isinstance(source, Path):
-        return to_tensor(central_square(open_photo(source / name, res), res)).numpy()
+def walk(path: Path) -> list[tuple]:
+    """(name, size, time) of every file below a folder; links are followed, and no folder is entered twice."""
+    files, seen = [], set()
+
+    def fail(error):
+        raise error
+
+    for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [name for name in folders if real not in seen and not hidden(name)]
+        for name in names if real not in seen else ():
+            if hidden(name):
+                continue
+            file = Path(folder, name)
+            status = file.stat()
+            files.append((file.relative_to(path).as_posix(), status.st_size, status.st_mtime_ns))
+        seen.add(real)
+    return files
+
+
+def members(path: Path) -> list[tuple]:
+    """(name, size, checksum) of every file in a zip."""
     try:
-        if source.getinfo(name).file_size > LARGEST_FILE:
-            raise InputError(f"larger than {LARGEST_FILE >> 20} MB")
-        data = source.read(name)
-    except InputError:
+        with zipfile.ZipFile(path) as archive:
+            found = [info for info in archive.infolist() if not info.is_dir()]
+    except OSError:
         raise
-    except Exception as error:  # BadZipFile, zlib.error, NotImplementedError, ...
-        raise InputError(f"cannot be unpacked ({error})") from error
-    return to_tensor(central_square(open_photo(io.BytesIO(data), res), res)).numpy()
+    except Exception as error:  # a damaged directory can raise more than BadZipFile
+        raise InputError(
+            f"{path} is no zip, or is cut off ({error}): it takes a folder or a whole .zip"
+        ) from error
+    if any(info.flag_bits & 1 for info in found):
+        raise InputError(f"{path} is protected by a password: unpack it and give the folder")
+    return [(info.filename, info.file_size, info.CRC) for info in found]
 
 
-_source = None  # what this process decodes from: a folder, or a zip that is kept open
+def in_words(kinds: collections.Counter) -> str:
+    """'3 .heic, 1 no suffix'."""
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
 
 
-def _start_decoding(path: Path) -> None:
-    """Open the source; in a process of its own also leave Ctrl-C to the parent, and end with it."""
-    global _source
-    _source = path if path.is_dir() else zipfile.ZipFile(path)
-    parent = multiprocessing.parent_process()
-    if parent:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+@functools.lru_cache(maxsize=1)
+def open_zip(path: Path, process: int) -> zipfile.ZipFile:
+    """The zip, kept open; each process needs its own, because a file has one place where it is read."""
+    return zipfile.ZipFile(path)
 
 
-def _decode_or_reason(res: int, name: str) -> np.ndarray | str:
-    """The pixels of a picture or, where there are none, the reason: one broken picture must not end the others."""
-    try:
-        return decode(_source, name, res)
-    except InputError as error:
-        return str(error)
-
-
-def _decode_all(path: Path, found: list[tuple], res: int):
-    """Yield the pixels of every picture, or the reason why it has none, in order; on all cores if that pays."""
-    global _source
-    names, work = [name for name, *_ in found], functools.partial(_decode_or_reason, res)
-    workers = min(os.cpu_count() or 1, 61, sum(size for _, size, _ in found) >> 22)  # a process for 4 MB; Windows takes 61
-    if workers < 2:
+def decode(path: Path, name: str, res: int) -> np.ndarray:
+    """One picture of a folder or zip -> uint8 (3, res, res). Broken if it is no picture, OSError if it is
+    not read."""
+    if path.is_dir():
+        content = read_file(path / name)
+    else:
+        archive = open_zip(path, os.getpid())
+        if archive.getinfo(name).file_size > LARGEST_FILE:
+            raise Broken(f"larger than {LARGEST_FILE >> 20} MB")
         try:
-            _start_decoding(path)
-            yield from map(work, names)
-        finally:
-            _source = None  # closes the zip
-        return
-    # fork starts at once; elsewhere each process imports torch first. The children touch none of its threads.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_decoding, (path,))
+            content = archive.read(name)
+        except OSError:
+            raise
+        except Exception as error:  # BadZipFile, zlib.error, NotImplementedError, ...
+            raise Broken(f"cannot be unpacked ({error})") from error
+    if name.lower().endswith((".png", ".gif")) and is_ours(content):
+        raise Broken(SIGNATURE)
+    return to_tensor(central_square(open_photo(content, res), res)).numpy()
+
+
+def decode_part(path: Path, res: int, names: list[str]) -> list:
+    """Each picture's pixels, or the exception in their place: one broken picture must not end the others."""
+    found = []
+    for name in names:
+        try:
+            found.append(decode(path, name, res))
+        except (Broken, OSError) as error:
+            found.append(error)
+    return found
+
+
+def decode_all(path: Path, found: list[tuple], res: int):
+    """Yield the pixels of every picture, or an exception, in order; on all cores where processes can be
+    forked."""
+    names, work = [name for name, *_ in found], functools.partial(decode_part, path, res)
+    workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if multiprocessing.current_process().daemon or sum(size for _, size, _ in found) < 1 << 23:
+        workers = 1  # a daemon may have no children, and for 8 MB they do not pay
+
+    own = torch.Generator()  # the caller's random numbers stay as they are
+
+    def start(count):
+        return iter(torch.utils.data.DataLoader(names, 64, num_workers=count, collate_fn=work, generator=own))
+
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of fork beside torch's threads
-            decoded = pool.map(work, names, chunksize=64)
-        yield from decoded
-    except concurrent.futures.BrokenExecutor as error:
-        raise InputError(f"a process that decodes {path} was ended from outside (out of memory?): start again") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _seal(key: str, count: int) -> bytes:
-    """64 bytes at the end of a cache that only a whole cache of just these files can have."""
-    return hashlib.sha256(f"{key} {count}".encode()).hexdigest().encode()
-
-
-def _map_cache(file: Path, key: str, res: int) -> torch.Tensor | None:
-    """The cache as a tensor (N, 3, res, res) that is read from disk on demand; None unless whole and right."""
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # Python 3.12 warns of fork beside torch's threads
+            parts = start(workers if workers > 1 else 0)
+    except OSError:  # this host starts no more processes
+        parts = start(0)
     try:
-        table = np.memmap(file, np.uint8, "c")  # copy on write: torch wants a tensor it may write to
-    except (OSError, ValueError):
-        return None
-    count, rest = divmod(len(table) - 64, 3 * res * res)
-    if rest or count < 1 or table[-64:].tobytes() != _seal(key, count):
-        return None
-    return torch.from_numpy(table[:-64].reshape(count, 3, res, res))
-
-
-def _fill_cache(file: Path, path: Path, found: list[tuple], res: int, key: str) -> torch.Tensor:
-    """Decode into a file beside `file`, seal it, move it into place; broken pictures are left out and named."""
-    _sweep(file.parent, "*.tmp")
-    handle, scratch = tempfile.mkstemp(".tmp", file.stem, file.parent)
-    broken, began = [], time.time()
-    try:
-        with os.fdopen(handle, "wb") as stream, contextlib.closing(_decode_all(path, found, res)) as decoded:
-            for done, pixels in enumerate(decoded, 1):
-                if isinstance(pixels, str):
-                    broken.append(f"{found[done - 1][0]}: {pixels}")
-                else:
-                    stream.write(pixels.tobytes())
-                seconds = time.time() - began
-                if seconds > 1:  # the first picture waits for the processes, and tells nothing about the rate
-                    rate = done / seconds
-                    progress(f"reading {path.name}: {done}/{len(found)} pictures, {rate:.0f}/s{time_left(len(found) - done, rate)}")
-            progress(None)
-            _report_broken(path, broken, len(found))
-            stream.write(_seal(key, len(found) - len(broken)))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(scratch, file)
+        for part in parts:
+            yield from part
+    except RuntimeError as error:
+        raise InputError(f"a process that reads {path} was ended from outside: start again") from error
     finally:
-        Path(scratch).unlink(missing_ok=True)
-    return _map_cache(file, key, res)
-
-
-def _sweep(folder: Path, pattern: str) -> None:
-    """Remove what killed runs left half written: a live one writes to its own all the time, an hour is enough to tell."""
-    for old in folder.glob(pattern):
-        with contextlib.suppress(OSError):  # another run may sweep here too
-            if time.time() - old.stat().st_mtime > 3600:
-                old.unlink()
-
-
-def _report_broken(path: Path, broken: list[str], total: int) -> None:
-    """Name the first ten on stderr; InputError if they are too many to be an accident."""
-    if len(broken) > 0.05 * total:
-        raise InputError(f"{path}: {len(broken)} of {total} pictures are broken, the first are {'; '.join(broken[:5])}: mend or remove them")
-    if broken:
-        print(f"{path}: {len(broken)} of {total} pictures are broken and left out:", *broken[:10], sep="\n  ", file=sys.stderr)
+        open_zip.cache_clear()
 
 
 def load_images(path: str | Path, res: int, cache: str | Path = "cache") -> torch.Tensor:
     """A folder (searched to the bottom) or a .zip of pictures -> uint8 (N, 3, res, res), sorted by name.
 
-    Each picture is turned upright, made RGB, cut to its central square and scaled. This is done once, on
-    all cores; the result is kept in `cache`, from where it is mapped into memory. The cache is known by the
-    path, the files' names, sizes and times, the resolution and the recipe; one that does not fit is made anew.
-    Up to 5 % broken pictures are left out and named; InputError if more are, or if there is none.
+    Each picture is turned upright, made RGB, cut to its central square and scaled. This is done once; the
+    result is kept in `cache` as a .npy file, from where it is mapped into memory. The file's name holds a
+    checksum of the pictures' names, sizes and times, so changed pictures are read anew. Up to 5 % broken
+    pictures are left out and named each time; InputError if more are, if one cannot be read, or if there is
+    none.
     """
     path = Path(path)
-    found = list_pictures(path)
-    where = os.path.abspath(path)
-    key = hashlib.sha256(json.dumps([RECIPE, where, path.is_file() and path.stat().st_mtime_ns, res, found]).encode()).hexdigest()
-    file = Path(cache) / f"{path.stem}-{hashlib.sha256(where.encode()).hexdigest()[:8]}-{res}.u8"
-    images = _map_cache(file, key, res)
-    if images is not None:
-        return images
+    found, passed = list_pictures(path)
+    place = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:8]
+    key = hashlib.sha256(json.dumps(["square, Lanczos, on white", res, found]).encode()).hexdigest()[:16]
+    file = Path(cache, f"{path.stem}-{place}-{res}-{key}.npy")
+    if passed:
+        say(f"{path}: {passed.total()} files of other kinds are passed over ({in_words(passed)})")
+    loaded = read_cache(file)
+    if loaded is None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for old in file.parent.glob(f"{glob.escape(path.stem)}-{place}-{res}-*.*"):
+                with contextlib.suppress(OSError):
+                    old.unlink()
+            fill_cache(file, path, found, res)
+            loaded = read_cache(file)
+        except OSError as error:
+            say(f"warning: no cache can be kept in {file.parent} ({error}): reading for this run only")
+            with tempfile.TemporaryDirectory(
+                ignore_cleanup_errors=True
+            ) as folder:  # a mapping outlives its file
+                fill_cache(Path(folder, "cache.npy"), path, found, res)
+                loaded = read_cache(Path(folder, "cache.npy"))
+    images, left_out = loaded
+    report_left_out(path, left_out, len(found))
+    return images
+
+
+def read_cache(file: Path) -> tuple[torch.Tensor, list] | None:
+    """(pixels, mapped from the disk; [name, reason] of those left out), or None unless the file is whole."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return _fill_cache(file, path, found, res, key)
-    except OSError as error:
-        print(f"warning: no cache can be kept in {file.parent} ({error}): decoding for this run only", file=sys.stderr)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a mapping outlives its file's name
-        return _fill_cache(Path(folder) / file.name, path, found, res, key)
+        left_out = json.loads(file.with_suffix(".json").read_text())
+        table = np.load(file, mmap_mode="c")  # copy on write: torch wants a tensor that it may write to
+        return torch.from_numpy(table)[: len(table) - len(left_out)], left_out
+    except Exception:  # missing or damaged, which can raise anything
+        return None
+
+
+def fill_cache(file: Path, path: Path, found: list[tuple], res: int) -> None:
+    """Decode into a file beside `file`, then move it into place. Rows of pictures left out are empty, at
+    the end."""
+    left_out, began = [], time.time()
+    with whole_file(file) as stream, contextlib.closing(decode_all(path, found, res)) as decoded:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(found), 3, res, res)}
+        np.lib.format.write_array_header_1_0(stream, header)
+        for done, pixels in enumerate(decoded, 1):
+            name = found[done - 1][0]
+            if isinstance(pixels, Broken):
+                left_out.append([name, str(pixels)])
+            elif isinstance(pixels, OSError):
+                raise InputError(
+                    f"{path}: {name} cannot be read ({pixels.strerror or pixels}): see who may read it"
+                )
+            else:
+                stream.write(pixels.tobytes())
+            rate = done / (time.time() - began + 1e-9)
+            progress(f"reading {path.name}: {done}/{len(found)} pictures{time_left(len(found) - done, rate)}")
+        progress(None)
+        report_left_out(path, left_out, len(found), named=False)
+        stream.write(bytes(3 * res * res * len(left_out)))
+        save(file.with_suffix(".json"), json.dumps(left_out).encode())
+
+
+def report_left_out(path: Path, left_out: list, total: int, named: bool = True) -> None:
+    """Name the first ten broken pictures on stderr; InputError if they are too many to be an accident."""
+    broken = [f"{name}: {reason}" for name, reason in left_out if reason != SIGNATURE]
+    ours = len(left_out) - len(broken)
+    if len(broken) > 0.05 * (total - ours):
+        raise InputError(f"{path}: {len(broken)} of {total} pictures are broken, the first are"
+                         f" {'; '.join(broken[:5])}: mend or remove them")  # fmt: skip
+    if ours == total:
+        raise InputError(f"{path} holds only pictures that this program wrote: give another folder")
+    if named and ours:
+        say(f"{path}: {ours} pictures that this program wrote are passed over")
+    if named and broken:
+        say(
+            "\n  ".join([f"{path}: {len(broken)} of {total} pictures are broken and left out:", *broken[:10]])
+        )
 
 
 def split(images: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -331,240 +413,199 @@ def split(images: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tenso
 
     By order and not at random: CelebA's official partition runs by number too and keeps people apart.
     """
-    cut = len(images) - validation_count(len(images), share)
+    cut = len(images) - round(len(images) * share)
     return images[:cut], images[cut:]
 
 
-def validation_count(count: int, share: float) -> int:
-    """How many of `count` pictures validate."""
-    return round(count * share)
+def fingerprint(images: torch.Tensor) -> torch.Tensor:
+    """A checksum of each picture's bytes, int64 (N,): the same pictures have the same, wherever they lie."""
+    return torch.tensor([zlib.crc32(image.numpy()) for image in images], dtype=torch.int64)
 
 
 # --- Batches --------------------------------------------------------------------------------------
 
 
 def settle(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Put the training set where its batches cost least: on the GPU if it takes under half of the free memory.
-
-    Else it stays where it is, and `batches` sends one batch ahead.
-    """
+    """Put the training set on the GPU if it takes under half of the free memory; else it stays where it
+    is."""
     fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
     return images.to(device) if fits else images
 
 
 def batches(images: torch.Tensor, size: int, order: torch.Tensor, flip: torch.Tensor, device: torch.device):
-    """Yield image batches (size, 3, H, W), float in [0, 1] on `device`, of one epoch.
+    """Yield the batches of an epoch: image (size, 3, H, W), float in [0, 1], on `device`.
 
-    `order` (steps * size) says which pictures, `flip` (steps * size) which of them are mirrored. The next batch
-    is always on its way while one is used. No DataLoader: picking rows of one tensor leaves nothing to wait for.
+    `order` (steps * size) says which pictures, `flip` (steps * size) which of them are mirrored. There is no
+    DataLoader: to pick rows of one tensor takes no time that could be hidden.
     """
     order, flip = order.to(images.device), flip.to(device)
-    afar = device.type == "cuda" and not images.is_cuda
-    aside = torch.cuda.Stream(device) if afar else None
-
-    def fetch(start):
-        chosen = images[order[start : start + size]]
-        if not afar:
-            return chosen.to(device)
-        with torch.cuda.stream(aside):  # from pinned memory the copy runs beside the step, not in its queue
-            return chosen.pin_memory().to(device, non_blocking=True)
-
-    coming = fetch(0)
     for start in range(0, len(order), size):
-        if afar:
-            torch.cuda.current_stream(device).wait_stream(aside)
-            coming.record_stream(torch.cuda.current_stream(device))
-        pixels, coming = coming, fetch(start + size) if start + size < len(order) else None
-        image = pixels.to(memory_format=torch.channels_last).float().div_(255)
+        pixels = images[order[start : start + size]]
+        if device.type == "cuda" and not images.is_cuda:
+            pixels = pixels.pin_memory()  # so that the copy need not wait for the device
+        pixels = pixels.to(device, non_blocking=True).to(memory_format=torch.channels_last)
+        image = pixels.float().div_(255)
         yield torch.where(flip[start : start + size, None, None, None], image.flip(3), image)
 
 
 # --- Faces that are drawn: a data set with no download --------------------------------------------
 
+SYNTHETIC = 5000  # how many faces the built-in data set has
 SKIN = [(0.96, 0.82, 0.72), (0.89, 0.69, 0.56), (0.78, 0.57, 0.42), (0.58, 0.39, 0.27), (0.38, 0.25, 0.18)]
-HAIR = [(0.08, 0.07, 0.07), (0.24, 0.15, 0.10), (0.45, 0.29, 0.16), (0.80, 0.63, 0.36), (0.55, 0.22, 0.12), (0.72, 0.71, 0.70)]
+HAIR = [(0.08, 0.07, 0.07), (0.24, 0.15, 0.10), (0.45, 0.29, 0.16), (0.80, 0.63, 0.36), (0.55, 0.22, 0.12)]
 EYES = [(0.25, 0.14, 0.08), (0.40, 0.27, 0.12), (0.33, 0.42, 0.22), (0.30, 0.48, 0.62), (0.42, 0.46, 0.50)]
 
 
-def _palette(colours: list, t: torch.Tensor) -> torch.Tensor:
+def palette(colours: list, t: torch.Tensor) -> torch.Tensor:
     """t (B, 1, 1) in [0, 1) -> colours (B, 3, 1, 1), mixed between neighbours."""
     table, place = torch.tensor(colours), t.view(-1) * (len(colours) - 1)
     low = place.long()
     return torch.lerp(table[low], table[low + 1], (place - low)[:, None])[:, :, None, None]
 
 
-def _ellipse(plane, cx, cy, rx, ry, soft=0.0):
+def ellipse(plane, cx, cy, rx, ry, soft=0.01):
     """Cover (B, H, W): 1 inside, 0 outside, a slope of width `soft` (at least a pixel) between."""
     y, x, pixel = plane
     radius = (((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2).sqrt_()
     return radius.sub_(1).mul_(-ry / max(soft, pixel)).add_(0.5).clamp_(0, 1)
 
 
-def _stripe(plane, distance, half, soft=0.0):
-    """Cover of the points whose distance from a line is below `half`."""
-    return (0.5 + (half - distance.abs()) / max(soft, plane[2])).clamp_(0, 1)
-
-
-def _paint(canvas, cover, colour, strength=1.0):
+def paint(canvas, cover, colour, strength=1.0):
     """Mix a colour (B or 1, 3, 1 or H, 1 or W) into the canvas (B, 3, H, W) as far as the cover says."""
     canvas.lerp_(colour.expand_as(canvas), (cover * strength)[:, None].expand_as(canvas))
 
 
-def _draw_back(canvas, plane, p, vary, flag):
-    """What is behind the head: background, hair, shoulders, neck."""
+def draw_back(canvas, plane, p, vary):
+    """What is behind the face: background, hair, shoulders, neck."""
     y, x, _ = plane
     for cover in (torch.ones(1, 1, 1), (y + vary(-0.5, 0.5) * x).clamp(0, 1) * 0.7):
-        _paint(canvas, cover, _colour(vary, 0.1, 0.95))
-    _paint(canvas, _ellipse(plane, vary(0, 1), vary(0, 0.6), 0.25, 0.3, 0.25), _colour(vary, 0, 1), 0.5)
-    long, full = flag(0.55) * (1 - p.male) + flag(0.06) * p.male, vary(0.02, 0.075)
-    _paint(canvas, _ellipse(plane, p.cx, 0.66, p.head_rx + full + 0.02, vary(0.36, 0.5), 0.02) * long, p.hair * 0.8)
-    _paint(canvas, _ellipse(plane, p.cx, 0.42, p.head_rx + full, p.head_ry + full - 0.02, 0.02), p.hair)
-    _paint(canvas, _ellipse(plane, 0.5, 1.14, vary(0.42, 0.56), 0.27, 0.02), _colour(vary, 0.05, 0.9))
-    _paint(canvas, _ellipse(plane, p.cx, 0.84, 0.115 + 0.025 * p.male, 0.16, 0.02), p.skin * 0.80)
-    _paint(canvas, _ellipse(plane, 0.5, 1.06, 0.14, 0.13, 0.02) * flag(0.5), p.skin * 0.86)
+        paint(canvas, cover, torch.stack([vary(0.1, 0.95) for _ in range(3)], 1))
+    long, full = (vary(0, 1) < 0.4).float(), vary(0.02, 0.075)
+    paint(canvas, ellipse(plane, p.cx, 0.66, p.rx + full + 0.02, vary(0.36, 0.5)) * long, p.hair * 0.8)
+    paint(canvas, ellipse(plane, p.cx, 0.42, p.rx + full, p.ry + full - 0.02), p.hair)
+    clothes = torch.stack([vary(0.05, 0.9) for _ in range(3)], 1)
+    paint(canvas, ellipse(plane, 0.5, 1.14, vary(0.42, 0.56), 0.27), clothes)
+    paint(canvas, ellipse(plane, p.cx, 0.84, 0.13, 0.16), p.skin * 0.8)
 
 
-def _draw_head(canvas, plane, p, vary, flag):
-    """Ears, the head lit from one side, cheeks, beard, and the hair above the forehead."""
+def draw_head(canvas, plane, p, vary):
+    """Ears, the head lit from one side, and the hair above the forehead."""
     y, x, _ = plane
     for side in (-1, 1):
-        ear_x = p.cx + side * (p.head_rx + 0.004) - 0.02 * p.turn
-        _paint(canvas, _ellipse(plane, ear_x, 0.475, 0.034, 0.07, 0.01), p.skin * (0.86 + 0.1 * side * p.light)[:, None])
-        _paint(canvas, _ellipse(plane, ear_x, 0.475, 0.016, 0.042, 0.02), p.skin * 0.7, 0.6)
-    jaw = _ellipse(plane, p.cx, p.head_y, p.head_rx, p.head_ry, 0.012)
-    across, down = (x - p.cx) / p.head_rx, (y - p.head_y) / p.head_ry
-    shade = 1.04 + 0.16 * p.light * across - 0.20 * (across**2 + 0.6 * down**2) * across.abs().clamp(0, 1)
-    _paint(canvas, jaw, p.skin * shade[:, None])
-    blush = p.skin * _rgb(1.04, 0.86, 0.84)
-    for side in (-1, 1):
-        cheek_x, cheek_y = p.cx + side * 0.135 + 0.015 * p.turn, 0.575 - 0.012 * p.smile
-        _paint(canvas, _ellipse(plane, cheek_x, cheek_y, 0.075, 0.05, 0.06), blush, 0.45)
-    beard = _ellipse(plane, p.cx, 0.74, 0.19, 0.14, 0.07) * jaw * (flag(0.35) * p.male)
-    _paint(canvas, beard, p.hair * 0.8, vary(0.2, 0.75))
-    window_x, window_rx = p.cx + vary(-0.07, 0.07), p.head_rx * vary(0.86, 1.0)  # the hair leaves the face free
-    window = _ellipse(plane, window_x, vary(0.535, 0.56), window_rx, vary(0.29, 0.345), 0.015)
-    cap = _ellipse(plane, p.cx, 0.40, p.head_rx + 0.02, p.head_ry - 0.03, 0.015) * ((0.56 - y) / 0.08).clamp(0, 1)
-    strands = 1 + 0.10 * torch.sin(60 * (x - p.cx) * (1 + 0.4 * y) + 6 * vary(0, 1)) + 0.1 * p.light * across
-    _paint(canvas, cap * (1 - window) * (1 - flag(0.08) * p.male), p.hair * strands[:, None])
+        ear = ellipse(plane, p.cx + side * p.rx - 0.02 * p.turn, 0.475, 0.034, 0.07)
+        paint(canvas, ear, p.skin * (0.8 + 0.1 * side * p.light)[:, None])
+    across, down = (x - p.cx) / p.rx, (y - p.cy) / p.ry
+    shade = 1.04 + 0.16 * p.light * across - 0.2 * (across**2 + 0.6 * down**2) * across.abs().clamp(0, 1)
+    paint(canvas, ellipse(plane, p.cx, p.cy, p.rx, p.ry), p.skin * shade[:, None])
+    face = ellipse(plane, p.cx + vary(-0.07, 0.07), 0.545, p.rx * vary(0.86, 1.0), vary(0.29, 0.345))
+    cap = ellipse(plane, p.cx, 0.4, p.rx + 0.02, p.ry - 0.03) * ((0.56 - y) / 0.08).clamp(0, 1)
+    paint(canvas, cap * (1 - face), p.hair * (1 + 0.1 * p.light * across)[:, None])
 
 
-def _draw_eyes(canvas, plane, p, vary, flag):
-    """Sockets, eyes, lids, brows, and glasses on some: their outer halves stick out of the hole."""
+def draw_eyes(canvas, plane, p, vary):
+    """Sockets, eyes and brows: their outer halves stick out of the hole."""
     y, x, _ = plane
-    open_eye = vary(0.019, 0.027) - 0.004 * p.smile
-    brow_y, brow_w = vary(0.060, 0.072), vary(0.008, 0.013) + 0.004 * p.male
-    gaze, tilt = 0.012 * vary(-1, 1) + 0.006 * p.turn, vary(-0.006, 0.006)
+    opening, brow_y, thick = vary(0.019, 0.027), vary(0.06, 0.072), vary(0.008, 0.015)
+    gaze = 0.012 * vary(-1, 1) + 0.006 * p.turn
     for side in (-1, 1):
-        ex, ey = 0.5 + side * p.eye_dx + 0.008 * p.turn, p.eye_y + side * tilt
-        _paint(canvas, _ellipse(plane, ex, ey, 0.072, 0.045, 0.04), p.skin * 0.70, 0.55)
-        white = _ellipse(plane, ex, ey, 0.052, open_eye, 0.012)
-        _paint(canvas, white, _rgb(0.93, 0.92, 0.90))
-        _paint(canvas, _ellipse(plane, ex + gaze, ey, 0.024, 0.024, 0.012) * white, p.iris)
-        _paint(canvas, _ellipse(plane, ex + gaze, ey, 0.011, 0.011, 0.012) * white, p.iris * 0.1)
-        _paint(canvas, _ellipse(plane, ex + gaze - 0.008, ey - 0.008, 0.005, 0.005, 0.01), _rgb(1, 1, 1), 0.8)
-        lid = y - ey + open_eye * (1 - ((x - ex) / 0.056) ** 2)
-        _paint(canvas, _stripe(plane, lid, 0.006) * _stripe(plane, x - ex, 0.056), p.hair * 0.25, 0.85 - 0.3 * p.male)
-        brow = y - ey + brow_y - 4.5 * (x - ex - side * 0.01) ** 2 + side * 0.12 * (x - ex)
-        _paint(canvas, _stripe(plane, brow, brow_w, 0.012) * _stripe(plane, x - ex, 0.066, 0.02), p.hair * 0.65, 0.85)
-    glasses, frame, ring = flag(0.2), _colour(vary, 0, 0.35), vary(0.05, 0.066)
-    middle, reach = 0.5 + 0.008 * p.turn, p.eye_dx * 0.96
-    for side in (-1, 1):
-        outer = _ellipse(plane, middle + side * reach, p.eye_y + 0.01, 0.085, ring, 0.01)
-        inner = _ellipse(plane, middle + side * reach, p.eye_y + 0.01, 0.075, ring - 0.01, 0.01)
-        _paint(canvas, (outer - inner).clamp_(0, 1) * glasses, frame)
-    bridge = _stripe(plane, y - p.eye_y, 0.005, 0.01) * _stripe(plane, x - middle, reach - 0.078, 0.01)
-    _paint(canvas, bridge * glasses, frame)
+        ex, ey = 0.5 + side * p.eye_dx + 0.008 * p.turn, p.eye_y
+        paint(canvas, ellipse(plane, ex, ey, 0.072, 0.045, 0.04), p.skin * 0.7, 0.55)
+        white = ellipse(plane, ex, ey, 0.052, opening)
+        paint(canvas, white, torch.full((1, 3, 1, 1), 0.92))
+        paint(canvas, ellipse(plane, ex + gaze, ey, 0.024, 0.024) * white, p.iris)
+        paint(canvas, ellipse(plane, ex + gaze, ey, 0.011, 0.011) * white, p.iris * 0.1)
+        arch = ey - brow_y + 4.5 * (x - ex) ** 2 - side * 0.12 * (x - ex)  # the height of the brow at x
+        brow = ellipse(plane, ex, ey - brow_y, 0.066, 0.04, 0.02) * (
+            (thick - (y - arch).abs()) * 64 + 0.5
+        ).clamp(0, 1)
+        paint(canvas, brow, p.hair * 0.65, 0.85)
 
 
-def _draw_nose_and_mouth(canvas, plane, p, vary, flag):
-    """A nose of shadows and lights, and two lips around a curve that the smile bends; laughing shows teeth."""
+def draw_nose_and_mouth(canvas, plane, p, vary):
+    """A nose of shadows and lights, and two lips around a curve that the smile bends."""
     y, x, _ = plane
-    nose_x, tip, wide = 0.5 + 0.028 * p.turn, vary(0.55, 0.575), vary(0.034, 0.046) + 0.005 * p.male
-    _paint(canvas, _ellipse(plane, nose_x - 0.020 * p.light - 0.012, 0.5, 0.018, 0.085, 0.03), p.skin * 0.66, 0.5)
-    _paint(canvas, _ellipse(plane, nose_x + 0.008 * p.light, 0.495, 0.012, 0.08, 0.03), p.skin * 1.22, 0.55)
-    _paint(canvas, _ellipse(plane, nose_x, tip + 0.012, wide, 0.022, 0.03), p.skin * 0.72, 0.7)
-    _paint(canvas, _ellipse(plane, nose_x + 0.006 * p.light, tip - 0.004, wide * 0.6, 0.022, 0.03), p.skin * 1.18, 0.6)
+    nose_x, tip, wide = 0.5 + 0.028 * p.turn, vary(0.55, 0.575), vary(0.034, 0.048)
+    paint(
+        canvas, ellipse(plane, nose_x - 0.02 * p.light - 0.012, 0.5, 0.018, 0.085, 0.03), p.skin * 0.66, 0.5
+    )
+    paint(canvas, ellipse(plane, nose_x + 0.008 * p.light, 0.495, 0.012, 0.08, 0.03), p.skin * 1.22, 0.55)
+    paint(canvas, ellipse(plane, nose_x, tip + 0.012, wide, 0.022, 0.03), p.skin * 0.72, 0.7)
+    paint(
+        canvas,
+        ellipse(plane, nose_x + 0.006 * p.light, tip - 0.004, wide * 0.6, 0.022, 0.03),
+        p.skin * 1.18,
+        0.6,
+    )
     for side in (-1, 1):
-        _paint(canvas, _ellipse(plane, nose_x + side * wide * 0.55, tip + 0.017, 0.010, 0.007, 0.012), p.skin * 0.3, 0.85)
-    mouth_x, mouth_y = 0.5 + 0.02 * p.turn, vary(0.655, 0.685)
-    off = (x - mouth_x) / (vary(0.080, 0.095) + 0.014 * p.smile)
-    curve = y - mouth_y - 0.030 * p.smile * (0.35 - off**2)
-    taper, gap = (1 - off**2).clamp_(min=0), flag(0.5) * (p.smile > 0.3) * vary(0.008, 0.017)
-    inside, plump = (taper > 0).float(), vary(0.012, 0.018) - 0.003 * p.male
-    lips = p.skin * _rgb(0.94, 0.62, 0.60) * (1 - 0.12 * vary(0, 1) * (1 - p.male))[:, None]
-    upper = _stripe(plane, curve + gap * taper + plump * 0.4, (plump + gap) * taper, 0.012)
-    lower = _stripe(plane, curve - gap * taper - plump * 0.6, plump * 1.1 * taper, 0.012)
-    _paint(canvas, upper * inside, lips * 0.92)
-    _paint(canvas, lower * inside, lips * 1.06)
-    _paint(canvas, _stripe(plane, curve, gap * taper, 0.01) * (gap * taper > 0), _rgb(0.95, 0.94, 0.91))
-    _paint(canvas, _stripe(plane, curve - gap * taper, 0.0035 * taper, 0.01) * inside, lips * 0.42, 0.9)
-    _paint(canvas, _ellipse(plane, mouth_x, mouth_y + 0.055, 0.05, 0.013, 0.03), p.skin * 0.75, 0.5)
+        paint(
+            canvas, ellipse(plane, nose_x + side * wide * 0.55, tip + 0.017, 0.01, 0.007), p.skin * 0.3, 0.85
+        )
+    mouth_x, mouth_y, half = 0.5 + 0.02 * p.turn, vary(0.655, 0.685), vary(0.08, 0.095) + 0.014 * p.smile
+    off = (x - mouth_x) / half
+    middle = y - mouth_y - 0.03 * p.smile * (0.35 - off**2)  # how far below the line between the lips
+    taper, lips = (1 - off**2).clamp_(min=0), p.skin * torch.tensor([0.94, 0.62, 0.6])[None, :, None, None]
+    for centre, thick, light in ((-0.008, 0.014, 0.92), (0.01, 0.016, 1.06), (0.0, 0.004, 0.42)):
+        lip = ((thick * taper - (middle - centre * taper).abs()) * 64 + 0.5).clamp(0, 1) * (taper > 0)
+        paint(canvas, lip, lips * light)
 
 
-def _rgb(*colour):
-    return torch.tensor(colour)[None, :, None, None].float()
+def draw_faces(random: torch.Tensor, res: int) -> torch.Tensor:
+    """A face for each row of random numbers (B, 64) -> (B, 3, res, res) in [0, 1]; all lengths in sides of
+    the picture.
 
-
-def _colour(vary, low, high):
-    return torch.stack([vary(low, high) for _ in range(3)], 1)
-
-
-def _draw_faces(random: torch.Tensor, res: int) -> torch.Tensor:
-    """A face for each row of random numbers (B, 96) -> (B, 3, res, res) in [0, 1]; all lengths in sides of the picture.
-
-    First a person is drawn by lot: what lies in the hole hangs on that, but has chances of its own.
+    First a person is drawn by lot; what lies in the hole follows from that, but has chances of its own too.
     """
     numbers = iter(random[:, :, None, None].unbind(1))  # (B, 1, 1) each
 
     def vary(low, high):
         return low + (high - low) * next(numbers)
 
-    def flag(share):
-        return (next(numbers) < share).float()
-
-    p = SimpleNamespace(skin=_palette(SKIN, vary(0, 1)) * vary(0.92, 1.06)[:, None])
-    p.hair = _palette(HAIR, vary(0, 1)) * vary(0.85, 1.1)[:, None]
-    p.iris = _palette(EYES, vary(0, 1))
-    p.turn, p.light, p.smile, p.male = vary(-1, 1), vary(-1, 1), vary(-0.5, 1), flag(0.5)
-    p.cx, p.eye_y, p.eye_dx = 0.5 + 0.012 * p.turn, vary(0.415, 0.437), vary(0.146, 0.160)
-    p.head_rx, p.head_ry, p.head_y = 0.245 * vary(0.92, 1.08), vary(0.325, 0.355), vary(0.475, 0.49)
+    p = SimpleNamespace(skin=palette(SKIN, vary(0, 1)) * vary(0.92, 1.06)[:, None])
+    p.hair, p.iris = palette(HAIR, vary(0, 1)) * vary(0.85, 1.1)[:, None], palette(EYES, vary(0, 1))
+    p.turn, p.light, p.smile = vary(-1, 1), vary(-1, 1), vary(-0.5, 1)
+    p.cx, p.eye_y, p.eye_dx = 0.5 + 0.012 * p.turn, vary(0.415, 0.437), vary(0.146, 0.16)
+    p.rx, p.ry, p.cy = 0.245 * vary(0.92, 1.08), vary(0.325, 0.355), vary(0.475, 0.49)
     line = (torch.arange(res) + 0.5) / res
-    plane = line[:, None], line[None, :], 1 / res
-    canvas = torch.zeros(len(random), 3, res, res)
-    _draw_back(canvas, plane, p, vary, flag)
-    _draw_head(canvas, plane, p, vary, flag)
-    for draw, top, bottom in ((_draw_eyes, 0.32, 0.52), (_draw_nose_and_mouth, 0.40, 0.78)):  # small parts, small canvas
-        rows, columns = slice(int(top * res), int(bottom * res)), slice(int(0.22 * res), int(0.78 * res) + 1)
-        draw(canvas[:, :, rows, columns], (line[rows, None], line[None, columns], 1 / res), p, vary, flag)
+    plane, canvas = (line[:, None], line[None, :], 1 / res), torch.zeros(len(random), 3, res, res)
+    for draw in (draw_back, draw_head, draw_eyes, draw_nose_and_mouth):
+        draw(canvas, plane, p, vary)
     return canvas.mul_(vary(0.85, 1.08)[:, None]).clamp_(0, 1)
 
 
 def synthetic_faces(n: int, res: int, seed: int = 0) -> torch.Tensor:
     """Draw n faces: uint8 (n, 3, res, res), always the same for a seed, aligned like CelebA's.
 
-    Head, hair, ears, brows, eyes, nose, mouth, neck, shoulders and background vary in colour, shape, pose, light and
-    expression; some wear glasses or a beard. Much of what the hole hides follows from the rest, but not all.
+    Head, hair, ears, brows, eyes, nose, mouth, neck, shoulders and background vary in colour, shape, pose,
+    light and expression. Much of what the hole hides follows from the rest, but not all.
     """
-    numbers = torch.rand(n, 96, generator=torch.Generator().manual_seed(seed))
+    numbers = torch.rand(n, 64, generator=torch.Generator().manual_seed(seed))
     faces = torch.empty(n, 3, res, res, dtype=torch.uint8)
-    for part in torch.arange(n).split(max(1, (1 << 18) // res**2)):  # parts that stay in the processor's cache
+    for part in torch.arange(n).split(
+        max(1, (1 << 18) // res**2)
+    ):  # parts that stay in the processor's cache
         progress(f"drawing faces: {int(part[0])}/{n}")
-        faces[part] = _draw_faces(numbers[part], res).mul_(255).round_().to(torch.uint8)
+        faces[part] = draw_faces(numbers[part], res).mul_(255).round_().to(torch.uint8)
     progress(None)
     return faces
 
 
-# --- Writing and drawing --------------------------------------------------------------------------
+# --- Writing --------------------------------------------------------------------------------------
 
 
-def save(path: str | Path, data: bytes) -> None:
-    """Write a file whole or not at all: aside, flushed to the disk, then renamed into place."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # its own: two runs in one folder may not share it
-    _sweep(path.parent, f".{glob.escape(path.name)}.*.tmp")
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """A stream into a file beside `path`, which takes its place at the end: it is there whole or not at
+    all."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # left by a run that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > 3600:  # a living one writes to its own all the time
+                old.unlink()
+    aside = path.with_name(
+        f".{path.name}.{os.getpid()}.tmp"
+    )  # its own: two runs in one folder may not share it
     try:
         with open(aside, "wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(aside, path)
@@ -573,36 +614,61 @@ def save(path: str | Path, data: bytes) -> None:
         raise
 
 
+def save(path: str | Path, content: bytes) -> None:
+    """Write a file whole or not at all: aside, flushed to the disk, then renamed into place."""
+    with whole_file(Path(path)) as stream:
+        stream.write(content)
+
+
 def png(picture: Image.Image) -> bytes:
-    """A picture as the bytes of a PNG file."""
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
+    """A picture as the bytes of a PNG file, signed as this program's."""
+    stream, note = io.BytesIO(), PngImagePlugin.PngInfo()
+    note.add_text("Software", SIGNATURE)
+    picture.save(stream, "PNG", pnginfo=note)
     return stream.getvalue()
+
+
+def gif(frames: list[Image.Image]) -> bytes:
+    """A film of the frames, five a second, the last one shown for two seconds; signed as this program's."""
+    stream, pause = io.BytesIO(), [200] * (len(frames) - 1) + [2000]
+    frames[0].save(
+        stream, "GIF", save_all=True, append_images=frames[1:], duration=pause, loop=0, comment=SIGNATURE
+    )
+    return stream.getvalue()
+
+
+def say(line: str) -> None:
+    """A line on stderr, if there is one."""
+    progress(None)
+    if sys.stderr:
+        print(line, file=sys.stderr, flush=True)
 
 
 _shown = ["", time.time()]  # the progress line on the screen, and when one was last written
 
 
 def progress(line: str | None) -> None:
-    """One line on stderr that is written over; None ends it. Without a terminal: a plain line each 10 seconds."""
-    terminal = sys.stderr.isatty()
+    """One line on stderr that is written over; None ends it. Without a terminal: a plain line each 10
+    seconds."""
+    terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
     if line is None:
         if terminal and _shown[0]:
             print("\r" + " " * len(_shown[0]) + "\r", end="", file=sys.stderr, flush=True)
         _shown[0] = ""
-    elif time.time() - _shown[1] > (0.2 if terminal else 10):
-        if terminal:
-            line = line[: shutil.get_terminal_size().columns - 1]
-        print(f"\r{line:<{len(_shown[0])}}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+    elif sys.stderr and time.time() - _shown[1] > (0.2 if terminal else 10):
+        line = line[: shutil.get_terminal_size().columns - 1] if terminal else line
+        text, end = (f"\r{line:<{len(_shown[0])}}", "") if terminal else (line, "\n")
+        print(text, end=end, file=sys.stderr, flush=True)
         _shown[:] = line, time.time()
 
 
 def time_left(remaining: float, rate: float) -> str:
-    """', 3 min 20 s left' for the progress line; nothing before a rate is known."""
-    if rate <= 0:
-        return ""
+    """', 3 min 20 s left' for the progress line."""
     minutes, seconds = divmod(round(remaining / rate), 60)
     return f", {minutes} min {seconds:02d} s left" if minutes else f", {seconds} s left"
+
+
+# --- Drawing: grids and charts --------------------------------------------------------------------
 
 
 def to_picture(image: torch.Tensor) -> Image.Image:
@@ -613,9 +679,11 @@ def to_picture(image: torch.Tensor) -> Image.Image:
 
 
 def grid(strips: list[tuple[str, torch.Tensor]], upright: bool = False, tile: int = 128) -> Image.Image:
-    """A labelled table of pictures: each strip (label, images (N, 3, H, W)) is a row, or a column if `upright`.
+    """A labelled table of pictures: each strip (label, images (N, 3, H, W)) is a row, or a column if
+    `upright`.
 
-    Small pictures are enlarged by a whole number of times, pixel by pixel, to about `tile`: nothing is made smoother.
+    Small pictures are enlarged by a whole number of times, pixel by pixel, to about `tile`: nothing is
+    smoothed.
     """
     font = ImageFont.load_default(15)
     size, count = strips[0][1].shape[-1], max(len(images) for _, images in strips)
@@ -624,13 +692,16 @@ def grid(strips: list[tuple[str, torch.Tensor]], upright: bool = False, tile: in
     label_w = 0 if upright else max(round(font.getlength(label)) for label, _ in strips) + 2 * margin
     label_h = 20 * lines + margin if upright else 0
     across, down = (len(strips), count) if upright else (count, len(strips))
-    sheet = Image.new("RGB", (label_w + across * (side + gap) + gap, label_h + down * (side + gap) + gap), "white")
+    sheet = Image.new(
+        "RGB", (label_w + across * (side + gap) + gap, label_h + down * (side + gap) + gap), "white"
+    )
     pen = ImageDraw.Draw(sheet)
     for s, (label, images) in enumerate(strips):
+        middle = gap + (s + 0.5) * (side + gap)
         if upright:
-            pen.text((gap + (s + 0.5) * (side + gap), label_h / 2), label, "black", font, "mm", align="center")
+            pen.text((middle, label_h / 2), label, "black", font, "mm", align="center")
         else:
-            pen.text((margin, gap + (s + 0.5) * (side + gap)), label, "black", font, "lm")
+            pen.text((margin, middle), label, "black", font, "lm")
         for k, image in enumerate(images):
             column, row = (s, k) if upright else (k, s)
             picture = to_picture(image).resize((side, side), Image.Resampling.NEAREST)
@@ -638,9 +709,10 @@ def grid(strips: list[tuple[str, torch.Tensor]], upright: bool = False, tile: in
     return sheet
 
 
-def side_by_side(parts: dict[str, Image.Image]) -> Image.Image:
-    """Labelled pictures of any size beside each other, each scaled to be 384 pixels high or, if that is less, 512 wide."""
-    font, left, height, thumbs = ImageFont.load_default(15), 4, 384, {}
+def side_by_side(parts: dict[str, Image.Image], height: int = 384) -> Image.Image:
+    """Labelled pictures of any size beside each other, each scaled to `height` or, if that is less, to 512
+    wide."""
+    font, left, thumbs = ImageFont.load_default(15), 4, {}
     for label, picture in parts.items():
         scale = min(512 / picture.width, height / picture.height)
         thumbs[label] = picture.resize(tuple(max(1, round(side * scale)) for side in picture.size))
@@ -652,41 +724,63 @@ def side_by_side(parts: dict[str, Image.Image]) -> Image.Image:
     return sheet
 
 
-COLOURS = ["#1b6ca8", "#d1495b", "#2e933c", "#edae49", "#6a4c93"]
+def beside(sheets: list[Image.Image]) -> Image.Image:
+    """Pictures of one height in a row."""
+    row = Image.new("RGB", (sum(sheet.width for sheet in sheets), sheets[0].height), "white")
+    for k, sheet in enumerate(sheets):
+        row.paste(sheet, (sum(before.width for before in sheets[:k]), 0))
+    return row
 
 
-def curves(rows: list[dict], panels: dict[str, list[str]]) -> Image.Image:
-    """Line charts side by side: for each panel (title: columns of the log), every column over the epochs."""
-    width, height, left, top, bottom = 420, 300, 58, 34, 40
-    font = ImageFont.load_default(13)
-    sheet = Image.new("RGB", (width * len(panels), height), "white")
+COLOURS = ["#1b6ca8", "#d1495b", "#2e933c", "#b8791a", "#6a4c93"]
+
+
+def chart(
+    title: str, x_title: str, series: dict[str, list[tuple]], width: int = 480, height: int = 300
+) -> Image.Image:
+    """Curves {name: [(x, y), ...]}, or labelled points where a series has one; each name stands beside its
+    last point.
+
+    Names that would overlap are moved down, and a thin line leads to their point. What is not finite is
+    left out.
+    """
+    font, left, top, bottom = ImageFont.load_default(13), 58, 34, height - 40
+    right = width - 20 - max(round(font.getlength(name)) for name in series)
+    sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
-    epochs = [row["epoch"] for row in rows]
-    for k, (title, names) in enumerate(panels.items()):
-        x0, x1, y0, y1 = k * width + left, (k + 1) * width - 16, height - bottom, top
-        values = [row[name] for name in names for row in rows if math.isfinite(row[name])] or [0.0]
-        low, high = min(values), max(values)
-        low, high = (low - 0.05 * (high - low), high + 0.05 * (high - low)) if high > low else (low - 0.5, high + 0.5)
-        low = max(low, 0.0) if min(values) >= 0 else low
-        ends = [(row[name] - low) / (high - low) for name in names for row in rows[-1 - len(rows) // 5 :] if math.isfinite(row[name])]
-        first, last = epochs[0], max(epochs[-1], epochs[0] + 1)
-        pen.text((x0, 6), title, "black", ImageFont.load_default(15))
-        for tick in range(5):
-            y = y0 + (y1 - y0) * tick / 4
-            pen.line((x0, y, x1, y), "#dddddd")
-            pen.text((x0 - 6, y), f"{low + (high - low) * tick / 4:.4g}", "#555555", font, "rm")
-        for epoch in sorted({first, (first + last) // 2, last}):
-            pen.text((x0 + (x1 - x0) * (epoch - first) / (last - first), y0 + 6), str(epoch), "#555555", font, "mt")
-        pen.text(((x0 + x1) / 2, height - 4), "epoch", "#555555", font, "mb")
-        for n, name in enumerate(names):
-            points = [
-                (x0 + (x1 - x0) * (e - first) / (last - first), y0 + (y1 - y0) * (row[name] - low) / (high - low))
-                for e, row in zip(epochs, rows)
-                if math.isfinite(row[name])
-            ]
-            pen.line(points, COLOURS[n % 5], 2) if len(points) > 1 else None
-            for px, py in points[:: max(1, len(points) // 40)]:
-                pen.ellipse((px - 2, py - 2, px + 2, py + 2), COLOURS[n % 5])
-            place = y1 + 4 + 17 * n if sum(ends) < len(ends) / 2 else y0 - 4 - 17 * (len(names) - n)  # where the curves do not end
-            pen.text((x1 - 4, place), name, COLOURS[n % 5], font, "ra")
+    series = {
+        name: [point for point in points if all(map(math.isfinite, point))] for name, points in series.items()
+    }
+    series = {name: points for name, points in series.items() if points} or {"": [(0.0, 0.0)]}
+    (x0, x1), (y0, y1) = (
+        axis(values) for values in zip(*(point for points in series.values() for point in points))
+    )
+
+    def place(x, y):
+        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+
+    pen.text((left, 6), title, "black", ImageFont.load_default(15))
+    pen.text(((left + right) / 2, height - 4), x_title, "#555555", font, "mb")
+    for tick in range(5):
+        x, y = x0 + (x1 - x0) * tick / 4, y0 + (y1 - y0) * tick / 4
+        pen.line((*place(x0, y), *place(x1, y)), "#dddddd")
+        pen.text((left - 6, place(x0, y)[1]), f"{y:.4g}", "#555555", font, "rm")
+        pen.text((place(x, y0)[0], bottom + 6), f"{x:.4g}", "#555555", font, "mt")
+    taken = -math.inf
+    for k, (name, points) in enumerate(sorted(series.items(), key=lambda item: -item[1][-1][1])):
+        colour, spots = COLOURS[k % len(COLOURS)], [place(*point) for point in points]
+        pen.line(spots, colour, 2)
+        for x, y in spots[:: max(1, len(spots) // 40)]:
+            pen.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+        x, y = spots[-1]
+        taken = max(taken + 15, min(y, bottom - 15 * (len(series) - 1 - k)))
+        pen.line((x, y, x + 8, taken), "#bbbbbb")
+        pen.text((x + 10, taken), name, colour, font, "lm")
     return sheet
+
+
+def axis(values: tuple) -> tuple[float, float]:
+    """The ends of an axis: a little more than the values need."""
+    low, high = min(values), max(values)
+    pad = 0.05 * (high - low) or 0.5
+    return low - pad, high + pad

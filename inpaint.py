@@ -1,12 +1,15 @@
 """Chapter 4, inpaint.py: train, measure, compare, restore (paper, sections 2.5, 3 and 4).
 
-    python inpaint.py --model gan --act relu --res 64         the paper's GAN, on faces that are drawn: no download
-    python inpaint.py --model unet --data img_align_celeba.zip             the paper's U-Net, on CelebA
-    python inpaint.py --resume --out runs/NAME                             go on with a run that was stopped
-    python inpaint.py --evaluate runs/NAME/best.pt                         measure it again
-    python inpaint.py --restore me.jpg --checkpoint runs/NAME/best.pt      your own photo
-    python inpaint.py --compare --data img_align_celeba.zip                the paper's table 1 and figure 4
-    torchrun --nproc-per-node 4 inpaint.py --model unet ...                several GPUs
+    python inpaint.py --model gan --act relu --res 64           the paper's GAN, on drawn faces: no download
+    python inpaint.py --model unet --data img_align_celeba.zip           the paper's U-Net, on CelebA
+    python inpaint.py --resume runs/NAME                                 go on with a run that was stopped
+    python inpaint.py --evaluate runs/NAME/best.pt > figures.json        measure it again
+    python inpaint.py --restore me.jpg --checkpoint runs/NAME/best.pt    your own photo
+    python inpaint.py --compare --data img_align_celeba.zip              the paper's table 1 and figure 4
+    torchrun --nproc-per-node 4 inpaint.py --model unet ...              several GPUs
+
+What you learn here: the training step of a U-Net and of a GAN, in 40 lines; then everything around it, in the
+order in which it happens: an epoch, a run and its folder, the comparison, your own photo, the command line.
 """
 
 import argparse
@@ -14,7 +17,10 @@ import contextlib
 import copy
 import csv
 import datetime
+import errno
 import functools
+import gc
+import inspect
 import io
 import itertools
 import json
@@ -27,7 +33,6 @@ import statistics
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -41,139 +46,125 @@ import losses
 import models
 from data import InputError
 
-# --- Options --------------------------------------------------------------------------------------
-
-# The paper's two networks. Only defaults: what trains is decided by the terms of --loss.
-DEFAULTS = {
-    "unet": {"res": 128, "loss": "l1", "depth": 5, "batch": 32, "epochs": 20},
-    "gan": {"res": 64, "loss": "adversarial", "depth": 4, "batch": 64, "epochs": 12},
+# The paper's two networks, and what both have in common: every default of the command line stands here.
+PRESETS = {
+    "unet": {"res": 128, "loss": "l1", "depth": 5, "width": 32, "limit": 2, "lr": 3e-3},
+    "gan": {"res": 64, "loss": "adversarial+10*known", "depth": 4, "width": 24, "limit": 16, "lr": 2e-4},
 }
 COMMON = {
-    "act": "relu", "hole_weight": 10.0, "data": "synthetic", "hole": 0.3, "hole_at": "center", "val": 0.2,
-    "width": 24, "seed": 0, "precision": "auto",
+    "act": "relu", "hole_weight": 10.0, "fake": "restored", "batch": 16, "epochs": 12, "seed": 0,
+    "data": "synthetic", "hole": 0.3, "hole_at": "center", "val": 0.2, "precision": "auto",
 }  # fmt: skip
+DISTANCE_RATE = (
+    5e-4  # of a GAN whose loss has a distance too: that leads the generator, so it can learn faster
+)
+DISCRIMINATOR_RATE = 2e-4  # DCGAN's; a discriminator that learns faster wins before the generator can paint
+WEIGHT_DECAY = 0.05  # of the U-Net: a little against learning the training faces by heart
+SMOOTH = 0.1  # real pictures are to be judged 0.9 real: keeps the discriminator from certainty
+
+# --- What is trained, and the step ----------------------------------------------------------------
 
 
-def number(kind: type, low: float, high: float, what: str):
-    """An argparse type: a whole or real number between two bounds, both included."""
+class Run:
+    """Everything that changes while a run trains: the networks, the averaged generator, optimisers, counters.
 
-    def read(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} will not do: it takes {what}")
-        return value
+    The weights are a function of the seed alone. `--model` decides how they start (PyTorch's way or
+    DCGAN's) and the weight decay; the loss decides whether there is a discriminator. `ema` is the averaged
+    generator.
+    """
 
-    return read
+    def __init__(self, options: dict, device: torch.device):
+        self.options, self.device, self.step, self.epoch = options, device, 0, 0
+        self.log, self.checksums = (
+            [],
+            None,
+        )  # a row for each epoch; what tells the training pictures from others
+        self.weights = losses.parse_loss(options["loss"])
+        torch.manual_seed(options["seed"])
+        self.generator, self.discriminator = self.start(build_generator(options)), None
+        self.generator.start_by_keeping()
+        if "adversarial" in self.weights:
+            self.discriminator = self.start(models.Discriminator(options["res"], options["width"]))
+        self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        networks = {"generator": self.generator, "discriminator": self.discriminator}
+        self.networks = {name: network for name, network in networks.items() if network}
+        how = {"betas": (0.5, 0.999), "weight_decay": WEIGHT_DECAY if options["model"] == "unet" else 0.0}
+        self.optimizers = {
+            name: torch.optim.AdamW(network.parameters(), **how, fused=device.type != "mps")
+            for name, network in self.networks.items()
+        }
 
-
-COUNT = number(int, 1, 10**6, "a whole number from 1 to 1,000,000")
-OPEN_UNIT = number(float, 1e-6, 1 - 1e-6, "a number between 0 and 1")
-
-
-def resolution(text: str) -> int:
-    """An argparse type: a power of two from 32 to 512."""
-    if text not in ("32", "64", "128", "256", "512"):
-        raise argparse.ArgumentTypeError(f"{text!r} will not do: it takes 32, 64, 128, 256 or 512")
-    return int(text)
-
-
-def loss_terms(text: str) -> str:
-    """An argparse type: the text, without its spaces, once it has proved to be a loss."""
-    text = text.replace(" ", "")
-    try:
-        losses.parse_loss(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line. Training options have no default here: only what was given may contradict a stored run."""
-    p = argparse.ArgumentParser(
-        "inpaint.py", description=__doc__.split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    p.error = lambda message: stop(f"{message}; --help lists all options", 2)  # argparse would print the usage first
-    job = p.add_argument_group("jobs (without one of these: train)")
-    job.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a best.pt or last.pt on validation pictures")
-    job.add_argument("--json", metavar="FILE", help="with --evaluate: also write the figures to FILE")
-    job.add_argument("--restore", nargs="+", metavar="PHOTO", help="fill the hole of photos, or of all in a folder")
-    job.add_argument("--checkpoint", help="with --restore: the best.pt of a run")
-    job.add_argument("--mask", help="with --restore: a picture of the photo's shape, white where it is missing; default: the hole of the training")
-    job.add_argument("--compare", action="store_true", help="train all rows of the paper's table 1, and more")
-    job.add_argument("--seeds", type=number(int, 1, 100, "a whole number from 1 to 100"), metavar="K", help="with --compare: train each row K times; default 1")
-    what = p.add_argument_group("what to train")
-    what.add_argument("--model", choices=DEFAULTS, help="the paper's network: sets the defaults of --res, --loss, --depth, --batch and --epochs; default unet")
-    what.add_argument("--act", choices=models.ACTIVATIONS, help="activation function; default relu")
-    what.add_argument("--loss", type=loss_terms, metavar="TERMS", help=f"a sum of {', '.join(losses.TERMS)}, as in 100*l1+adversarial; any with adversarial has a discriminator; default l1 (unet) or adversarial (gan)")
-    what.add_argument("--hole-weight", type=number(float, 1e-3, 1e6, "a number from 0.001 to 1,000,000"), metavar="X", help="l1 and mse count pixels in the hole X times (the paper: 1); default 10")
-    what.add_argument("--depth", type=number(int, 1, 9, "a whole number from 1 to 9"), metavar="N", help="levels of the U-Net; one more sees further; default 5 (unet) or 4 (gan)")
-    what.add_argument("--width", type=number(int, 1, 1024, "a whole number from 1 to 1024"), metavar="N", help="channels of the first level; raise to 64 for 200,000 pictures and a GPU; default 24")
-    d = p.add_argument_group("data")
-    d.add_argument("--data", metavar="PATH", help="a folder of pictures or a .zip, such as CelebA's; default synthetic: 5,000 faces that are drawn")
-    d.add_argument("--res", type=resolution, metavar="N", help="side in pixels: 32, 64, 128, 256 or 512; default 128 (unet) or 64 (gan)")
-    d.add_argument("--hole", type=OPEN_UNIT, metavar="F", help="side of the hole as a share of the picture's; default 0.3")
-    d.add_argument("--hole-at", choices=["center", "random"], help="random: for photos with holes elsewhere; half of the holes are in the centre still; default center")
-    d.add_argument("--val", type=number(float, 1e-6, 1, "a number above 0 and below 1 (1 with --evaluate)"), metavar="F", help="share of the pictures, the last by name, that validates; default 0.2")
-    t = p.add_argument_group("training")
-    t.add_argument("--epochs", type=COUNT, metavar="N", help="times through the training pictures; the learning rate falls to 0 over them; default 20 (unet), 12 (gan) or 20 (--compare)")
-    t.add_argument("--batch", type=COUNT, metavar="N", help="pictures a step, for each process; raise to 256 on a GPU, and --lr with it; default 32 (unet) or 64 (gan)")
-    t.add_argument("--lr", type=number(float, 1e-12, 10, "a number above 0 and at most 10"), metavar="X", help="learning rate of Adam at the start; the discriminator's is at most 0.0002; default 0.002, for adversarial alone 0.0002")
-    t.add_argument("--seed", type=number(int, 0, 2**31, "a whole number from 0 to 2,147,483,648"), metavar="N", help="of weights and order; default 0")
-    r = p.add_argument_group("running")
-    r.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto: a GPU if there is one")
-    r.add_argument("--precision", choices=["auto", "bfloat16", "float32"], help="of the networks; default auto: bfloat16 where the device is fast at it")
-    r.add_argument("--compile", action="store_true", help="compile the networks first (minutes, then faster on a GPU)")
-    r.add_argument("--out", metavar="DIR", help="folder for what is written; default runs/MODEL-LOSS-ACT-RES, runs/compare or restored")
-    r.add_argument("--resume", action="store_true", help="go on with the run in --out from its last epoch; more --epochs may be given")
-    return p
+    def start(self, network: torch.nn.Module) -> torch.nn.Module:
+        """The network with the weights that `--model` asks for, on the device."""
+        if self.options["model"] == "gan":
+            models.dcgan_init(network)
+        return network.to(self.device, memory_format=torch.channels_last)
 
 
-def training_options(args: argparse.Namespace) -> dict:
-    """Every option that decides what is trained: those given, then those of --model, then the common ones."""
-    given = vars(args)
-    model = args.model or "unet"
-    options = {"model": model} | COMMON | DEFAULTS[model]
-    options |= {name: given[name] for name in [*options, "lr"] if given[name] is not None}
-    options.setdefault("lr", 2e-4 if set(losses.parse_loss(options["loss"])) == {"adversarial"} else 2e-3)
-    check_options(options)
-    return options
+def build_generator(options: dict) -> models.UNet:
+    """The U-Net of these options, with fresh weights."""
+    return models.UNet(options["depth"], options["width"], options["act"], options["limit"])
 
 
-def check_options(options: dict) -> None:
-    """What one option alone cannot tell; InputError if they do not fit together."""
-    res, side = options["res"], round(options["res"] * options["hole"])
-    if not 1 <= side < res:
-        raise InputError(f"--hole {options['hole']} of --res {res} is {side} pixels wide: it must hide some pixels and leave some")
-    if 2 ** options["depth"] > res:
-        raise InputError(f"--depth {options['depth']} halves --res {res} below one pixel: at most {int(math.log2(res))} levels fit")
-    if options["val"] == 1:
-        raise InputError("--val 1 leaves no picture to train on: it is for --evaluate only")
+def autocast(device: torch.device, precision: str):
+    """A context in which networks run in bfloat16, if that is the precision. Losses and metrics stay
+    outside."""
+    if precision == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
-def choose_device(name: str) -> torch.device:
-    """auto, cpu, cuda or mps -> a device that is there; under torchrun each process takes the GPU of its number."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(kind for kind in there if there[kind]) if name == "auto" else name
-    if not there[name]:
-        raise InputError(f"--device {name}: this machine or this build of PyTorch has none; leave the option out")
-    if name != "cuda":
-        return torch.device(name)
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    if index >= torch.cuda.device_count():
-        raise InputError(f"process {index} finds {torch.cuda.device_count()} GPUs here: start one process a GPU with --nproc-per-node")
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32; PyTorch would round convolutions to 10 bits
-    return torch.device("cuda", index)
+def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One step down the gradient of the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
-def fast_bfloat16(device: torch.device) -> bool:
-    """Does the device multiply bfloat16 faster than float32? GPUs from Ampere on, CPUs with AMX or AVX512-BF16."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    tests = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
-    return device.type == "cpu" and any(test() for test in tests if test)
+@torch.no_grad()
+def update_ema(ema: torch.nn.Module, network: torch.nn.Module, step: int) -> None:
+    """ema <- decay * ema + (1 - decay) * network, batch norm's statistics too; decay = min(0.999, (n + 1) /
+    (n + 10)).
+
+    A mean over about the last ninth of all steps, 1,000 at most. It does what a lower learning rate would do.
+    """
+    pairs = zip(ema.state_dict().values(), network.state_dict().values())
+    averages, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+    torch._foreach_lerp_(
+        averages, current, 1 - min(0.999, (step + 1) / (step + 10))
+    )  # one call, as torch's own
+
+
+def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Damage, paint, judge, update: one batch image (B, 3, H, W) with its holes (B, 1, H, W) -> what is
+    logged.
+
+    Nothing here waits for the device: the numbers are tensors until somebody reads them.
+    """
+    damaged, terms, report, options = data.damage(image, mask), {}, {}, run.options
+    half = functools.partial(autocast, run.device, options["precision"])
+    with half():
+        output = run.generator(damaged, mask)  # (B, 3, H, W), the whole picture
+    if run.discriminator:
+        real = image
+        fake = data.paste(output, image, mask) if options["fake"] == "restored" else output
+        # (1) The discriminator: maximise log D(real) + log(1 - D(fake)). The generator is left out: detach.
+        with half():
+            real_logit, fake_logit = run.discriminator(real), run.discriminator(fake.detach())  # (B,) each
+        report["d_loss"] = losses.discriminator_loss(real_logit, fake_logit, SMOOTH)
+        update(run.optimizers["discriminator"], report["d_loss"])
+        report |= {"D(real)": real_logit.sigmoid().mean(), "D(fake)": fake_logit.sigmoid().mean()}
+        # (2) The generator: maximise log D(fake), judged anew. The discriminator's weights are left out.
+        discriminator = unwrap(run.discriminator).requires_grad_(False)
+        with half():
+            terms["adversarial"] = losses.generator_loss(discriminator(fake))
+        discriminator.requires_grad_(True)
+    # With any network: minimise the distance from the original too, if the loss has one.
+    terms |= losses.distances(run.weights, output, image, mask, options["hole_weight"])
+    update(run.optimizers["generator"], sum(run.weights[name] * term for name, term in terms.items()))
+    update_ema(run.ema, unwrap(run.generator), run.step)
+    run.step += 1
+    return {name: value.detach() for name, value in (terms | report).items()}
 
 
 # --- Several processes (torchrun) -----------------------------------------------------------------
@@ -184,457 +175,56 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def wait_for_all() -> None:
-    """Let no process go on before all have come here."""
-    if dist.is_initialized():
-        dist.barrier()
+def share_gradients(run: Run) -> None:
+    """Wrap the networks so that PyTorch averages their gradients over all processes."""
+    new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    keyword = "forward_sync_buffers" if new else "broadcast_buffers"  # its name before PyTorch 2.13
+    ids = [run.device.index] if run.device.type == "cuda" else None
+    run.generator = DistributedDataParallel(run.generator, ids, **{keyword: False})
+    if run.discriminator:
+        run.discriminator = DistributedDataParallel(run.discriminator, ids, **{keyword: False})
 
 
-def first_process_first(work):
-    """work() in process 0, then in the others, which find what it left on the disk."""
-    rank, _ = rank_and_world()
-    result = work() if rank == 0 else None
-    wait_for_all()
-    return result if rank == 0 else work()
+def unwrap(network: torch.nn.Module) -> torch.nn.Module:
+    """The network itself, without PyTorch's wrapper for several processes."""
+    return network.module if isinstance(network, DistributedDataParallel) else network
 
 
-def average_buffers(network: torch.nn.Module) -> None:
-    """Batch norm's statistics are each process's own during an epoch; before validation they become their mean."""
+def average_buffers(run: Run) -> None:
+    """Batch norm's statistics are each process's own during an epoch; before validation they become their
+    mean."""
     _, world = rank_and_world()
-    for buffer in network.buffers() if world > 1 else ():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= world
-
-
-# --- What is trained ------------------------------------------------------------------------------
-
-WEIGHT_DECAY = 0.05  # of the networks that only reconstruct: a little against learning the faces by heart
-JUDGE_RATE = 2e-4  # DCGAN's learning rate; a discriminator that learns faster wins before the painter can paint
-SMOOTH = 0.1  # real pictures are to be judged 0.9 real: keeps the discriminator from certainty
-
-
-@dataclass
-class Run:
-    """Everything that changes while a run trains. `painter` and `judge` are the networks as the step calls them,
-    wrapped if there are several processes; `generator` and `discriminator` the same, bare."""
-
-    options: dict
-    device: torch.device
-    generator: models.UNet
-    ema: models.UNet
-    discriminator: models.Discriminator | None
-    painter: torch.nn.Module = None
-    judge: torch.nn.Module = None
-    optimizers: dict = field(default_factory=dict)
-    step: int = 0
-    epoch: int = 0
-    best: dict = field(default_factory=dict)
-    rows: list = field(default_factory=list)
-    setting: list = field(default_factory=list)  # how many processes and training pictures: a resume needs the same
-
-    @functools.cached_property
-    def weights(self) -> dict[str, float]:
-        """The terms of the loss and what they count."""
-        return losses.parse_loss(self.options["loss"])
-
-    @functools.cached_property
-    def bfloat16(self) -> bool:
-        """Whether the networks run in bfloat16: asked for, or left to the device."""
-        wanted = self.options["precision"]
-        return wanted == "bfloat16" or wanted == "auto" and fast_bfloat16(self.device)
-
-    def autocast(self):
-        """bfloat16 for the networks where it is wanted; losses and metrics stay outside."""
-        return torch.autocast(self.device.type, torch.bfloat16, self.bfloat16)
-
-
-def build(options: dict, device: torch.device, compiled: bool = False) -> Run:
-    """Networks with fresh weights (a function of the seed alone), their averages and optimisers."""
-    torch.manual_seed(options["seed"])
-    terms = losses.parse_loss(options["loss"])
-    generator = models.UNet(options["depth"], options["width"], options["act"])
-    discriminator = models.Discriminator(options["res"], options["width"]) if "adversarial" in terms else None
-    for network in (generator, discriminator) if discriminator else ():
-        models.dcgan_init(network)
-    if discriminator:
-        generator.start_by_keeping()
-    networks = [net.to(device, memory_format=torch.channels_last) for net in (generator, discriminator) if net]
-    ema = copy.deepcopy(generator).eval().requires_grad_(False)
-    run = Run(options, device, generator, ema, discriminator)
-    decay = 0.0 if discriminator else WEIGHT_DECAY
-    for name, network in zip(("generator", "discriminator"), networks):
-        run.optimizers[name] = torch.optim.AdamW(
-            network.parameters(), options["lr"], betas=(0.5, 0.999), weight_decay=decay, fused=device.type != "mps"
-        )
-        if compiled:
-            network.compile()
-    called = networks
-    if dist.is_initialized():
-        ids = [device.index] if device.type == "cuda" else None
-        called = [DistributedDataParallel(network, ids, forward_sync_buffers=False) for network in called]
-    run.painter, run.judge = called[0], called[1] if discriminator else None
-    return run
-
-
-def learning_rate(start: float, step: int, total: int) -> float:
-    """Falls in a straight line from `start` to 0 over all steps: the last ones only polish (section 2.5: convergence)."""
-    return start * (1 - step / total)
-
-
-@torch.no_grad()
-def update_ema(ema: torch.nn.Module, network: torch.nn.Module, step: int) -> None:
-    """ema <- decay * ema + (1 - decay) * network, batch norm's statistics included; decay = min(0.999, (n + 1) / (n + 10)).
-
-    A mean over the last 1,000 steps or so: the same as a lower learning rate, before the rate is low.
-    """
-    share = 1 - min(0.999, (step + 1) / (step + 10))
-    for mean, value in zip(ema.state_dict().values(), network.state_dict().values()):
-        mean.lerp_(value, share) if mean.is_floating_point() else mean.copy_(value)
-
-
-def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One step down the gradient of the loss."""
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
-def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Damage, paint, judge, update: one batch image (B, 3, H, W) with its holes (B, 1, H, W) -> what is logged.
-
-    Nothing here waits for the device: the numbers are tensors until somebody reads them.
-    """
-    damaged, weights, terms, report = data.damage(image, mask), run.weights, {}, {}
-    with run.autocast():
-        output = run.painter(damaged, mask)
-    if run.judge:
-        # (1) The discriminator's step: maximise log D(x) + log(1 - D(G)). It teaches the painter nothing: detach.
-        with run.autocast():
-            real, fake = run.judge(image), run.judge(output.detach())
-        report["d_loss"] = losses.discriminator_loss(real, fake, SMOOTH)
-        update(run.optimizers["discriminator"], report["d_loss"])
-        report |= {"D(x)": real.sigmoid().mean(), "D(G)": fake.sigmoid().mean()}
-        # (2) The painter's step: maximise log D(G), by a fresh judgement of a discriminator that holds still.
-        run.discriminator.requires_grad_(False)
-        with run.autocast():
-            terms["adversarial"] = losses.generator_loss(run.discriminator(output))
-        run.discriminator.requires_grad_(True)
-    # And, with any network: minimise the distance from the original.
-    if "l1" in weights:
-        terms["l1"] = losses.l1(output, image, mask, run.options["hole_weight"])
-    if "mse" in weights:
-        terms["mse"] = losses.mse(output, image, mask, run.options["hole_weight"])
-    if "dssim" in weights:
-        terms["dssim"] = losses.dssim(output, image)
-    update(run.optimizers["generator"], sum(weights[name] * term for name, term in terms.items()))
-    update_ema(run.ema, run.generator, run.step)
-    run.step += 1
-    return {name: value.detach() for name, value in (terms | report).items()}
-
-
-# --- Measuring ------------------------------------------------------------------------------------
-
-METRICS = ("psnr_output", "psnr_restored", "psnr_hole", "ssim_restored")
-EVAL_BATCH = 100  # at 64 px
-
-
-def restore(output: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The output pasted into the hole of the picture: what a user would keep."""
-    return output * mask + image * (1 - mask)
-
-
-def measure(output: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """One value a picture of each metric: (4, B), in the order of METRICS.
-
-    psnr_output: the whole output against the original, what the paper's table meant to show. psnr_restored: the known
-    pixels are the original's, so psnr_hole + 10 log10(1 / area of the hole). psnr_hole: only inside the hole.
-    """
-    restored = restore(output, image, mask)
-    psnrs = losses.psnr(output, image), losses.psnr(restored, image), losses.psnr(output, image, mask)
-    return torch.stack([*psnrs, losses.ssim(restored, image)])
-
-
-@torch.no_grad()
-def paint(run: Run, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What the averaged network, in evaluation mode, paints for original images (B, 3, H, W) in [0, 1]."""
-    with run.autocast():
-        return run.ema(data.damage(images, mask).contiguous(memory_format=torch.channels_last), mask)
-
-
-def validate(painter, pixels: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
-    """Each metric's mean of the per-picture values over a validation set, uint8 (N, 3, res, res).
-
-    `painter(images)` -> outputs (B, 3, res, res): a network, or a method without one.
-    """
-    values = []
-    for part in pixels.split(max(1, EVAL_BATCH * 64**2 // pixels.shape[2] ** 2)):  # as much memory at any resolution
-        image = part.to(mask.device).float() / 255
-        values.append(measure(painter(image), image, mask))
-    return dict(zip(METRICS, torch.cat(values, 1).cpu().double().mean(1).tolist())) | {"pictures": len(pixels)}
-
-
-# --- The run folder -------------------------------------------------------------------------------
-
-KIND, VERSION = "face inpainting checkpoint", 1
-
-
-def to_json(value: dict) -> bytes:
-    """A dictionary as the bytes of a JSON file."""
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def save_checkpoint(path: Path, run: Run, everything: bool) -> None:
-    """best.pt: weights and options. last.pt: also all that a resume needs. Tensors and plain types only.
-
-    There is no random state to keep: that of an epoch is made from the seed and the epoch's number (draw_epoch).
-    """
-    state = {"kind": KIND, "version": VERSION, "options": run.options, "epoch": run.epoch, "ema": run.ema.state_dict()}
-    if everything:
-        state |= {"step": run.step, "best": run.best, "rows": run.rows, "generator": run.generator.state_dict()}
-        state |= {"setting": run.setting, "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}}
-        state |= {"discriminator": run.discriminator.state_dict()} if run.discriminator else {}
-    stream = io.BytesIO()
-    torch.save(state, stream)
-    data.save(path, stream.getbuffer())
-
-
-def read_checkpoint(path: str | Path, device: torch.device) -> dict:
-    """The dictionary of a checkpoint whose options are sound; InputError for any other file. Runs no code from it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a strange file torch warns, and then it fails
-            state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give the best.pt or last.pt of a run folder") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder: give {Path(path) / 'best.pt'}") from None
-    except Exception as error:  # what torch says of a strange file fills a screen and helps nobody
-        raise InputError(f"{path} is no checkpoint, or damaged: give the best.pt or last.pt of another run, or train again") from error
-    if not isinstance(state, dict) or state.get("kind") != KIND:
-        raise InputError(f"{path} is a file of another program: give the best.pt or last.pt of a run folder")
-    if state.get("version") != VERSION:
-        raise InputError(f"{path} has version {state.get('version')} and this program reads {VERSION}: train again, or use its own version")
-    return state | {"options": sound_options(path, state.get("options"))}
-
-
-def sound_options(path: str | Path, options: dict) -> dict:
-    """The options of a file, if the command line would have taken them; else InputError."""
-
-    def refuse(message):
-        raise ValueError(message)
-
-    p = parser()
-    p.error = refuse
-    try:
-        checked = training_options(p.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in options.items()]))
-        if checked != options:
-            raise ValueError("some are missing or of another type")
-    except (InputError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"the options in {path} are damaged ({error}): give another file, or start a new run") from error
-    return options
-
-
-def check_same(given: dict, stored: dict, folder: Path, advice: str | None = None) -> None:
-    """InputError naming both values if an option given (not None) contradicts the run in the folder."""
-    special = {"data": "put the pictures back there, or start a new run", "epochs": "give more than that, or leave it out"}
-    for name, value in stored.items():
-        new = given.get(name)
-        if new not in (None, value):
-            flag = "--" + name.replace("_", "-")
-            what_to_do = advice or special.get(name, "leave it out, or start a new run")
-            raise InputError(f"{flag} {new} contradicts {flag} {value} of the run in {folder}: {what_to_do}")
-
-
-def load_painter(path: str | Path, device: torch.device) -> Run:
-    """A run, good for painting only, from a checkpoint."""
-    state = read_checkpoint(path, device)
-    try:
-        run = build(state["options"] | {"loss": "l1"}, device)
-        run.ema.load_state_dict(state["ema"])
-        run.epoch = state["epoch"]
-    except Exception as error:
-        raise InputError(f"{path} is damaged: its weights do not fit its options") from error
-    run.options = state["options"]
-    return run
-
-
-def load_everything(path: Path, run: Run) -> None:
-    """Bring a run back to where its last.pt was written."""
-    state = read_checkpoint(path, run.device)
-    try:
-        run.ema.load_state_dict(state["ema"])
-        run.generator.load_state_dict(state["generator"])
-        if run.discriminator:
-            run.discriminator.load_state_dict(state["discriminator"])
-        for name, optimizer in run.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        run.step, run.epoch, run.best, run.rows = (state[name] for name in ("step", "epoch", "best", "rows"))
-        then = state["setting"]
-    except Exception as error:
-        raise InputError(f"{path} cannot be resumed: it is a best.pt, or damaged; give the folder of a run") from error
-    if then != run.setting:
-        now = run.setting
-        raise InputError(f"the run in {path.parent} had {then[0]} processes and {then[1]} training pictures, now it is {now[0]} and {now[1]}: start it as before")
-
-
-def default_folder(options: dict) -> str:
-    """runs/MODEL-LOSS-ACT-RES, with no character that a file system minds."""
-    return f"runs/{options['model']}-{options['loss'].replace('*', 'x')}-{options['act']}-{options['res']}"
-
-
-def numbered(name: str) -> list[Path]:
-    """All folders NAME, NAME-2, NAME-3, ... that exist, in order, then the first that does not."""
-    found = [Path(name)]
-    while found[-1].exists():
-        found.append(Path(f"{name}-{len(found) + 1}"))
-    return found
-
-
-def make_folder(folder: Path) -> list[Path]:
-    """Make a folder that is not there yet and those above it -> what was made, so that a mistake can leave nothing."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True)
-    return new
-
-
-def choose_folder(args: argparse.Namespace) -> tuple[Path, list[Path]]:
-    """(where to write, the folders made for it): --out, or the default name, numbered, that no other run can take then.
-
-    InputError if it cannot be written to, already holds a run or, with --resume, holds none.
-    """
-    name = args.out or default_folder(training_options(args))
-    if args.resume:
-        folder = Path(name) if args.out else (numbered(name)[:-1] or [Path(name)])[-1]
-        if not (folder / "config.json").is_file():
-            known = ", ".join(sorted(str(file.parent) for file in Path("runs").glob("*/config.json"))) or "none in runs/"
-            raise InputError(f"--resume: there is no run in {folder.absolute()}; name its folder with --out (here: {known}), or start without --resume")
-        return folder, []
-    folder = Path(name)
-    if args.out and (folder / "config.json").exists():
-        raise InputError(f"--out {folder} already holds a run: go on with it by --resume, or name another folder")
-    check_writable(folder)
-    if args.out:
-        return folder, [] if folder.exists() else make_folder(folder)
-    while True:
-        folder = numbered(name)[-1]
-        with contextlib.suppress(FileExistsError):
-            return folder, make_folder(folder)
-
-
-def check_writable(folder: Path) -> None:
-    """InputError unless the folder is there, or can be made, and can be written to."""
-    parent = folder
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--out {folder}: {parent.absolute()} is no folder that can be written to; name another")
-
-
-def stored_options(folder: Path, args: argparse.Namespace) -> dict:
-    """The options of a stored run; those given now may not contradict them, but --epochs may grow."""
-    if (folder / "last.pt").exists():
-        options = read_checkpoint(folder / "last.pt", torch.device("cpu"))["options"]
-    elif (folder / "best.pt").exists():
-        raise InputError(f"{folder / 'last.pt'} is missing, and no run goes on without it; best.pt still restores and can be evaluated")
-    else:
+    for network in (*run.networks.values(), run.ema) if world > 1 else ():
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= world
+
+
+def in_first_process(work):
+    """work() in process 0 alone -> its result in all of them. If it is an InputError, all of them end."""
+    rank, world = rank_and_world()
+    result = [None]
+    if rank == 0:
         try:
-            options = json.loads((folder / "config.json").read_text())["options"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder / 'config.json'} cannot be read ({error}): start a new run") from error
-        sound_options(folder / "config.json", options)
-    more = {"epochs": args.epochs} if (args.epochs or 0) > options["epochs"] else {}
-    check_same(vars(args) | dict.fromkeys(more), options, folder)
-    return options | more
+            result = [work()]
+        except InputError as error:
+            result = [error]
+    if world > 1:
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], InputError):
+        raise result[0]
+    return result[0]
 
 
-def describe(run: Run) -> dict:
-    """config.json: every option, versions, device, parameter counts."""
-    networks = {"generator": run.generator, "discriminator": run.discriminator}
-    return {
-        "options": run.options,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__},
-        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{run.device.type} {platform.machine()}",
-        "precision": "bfloat16" if run.bfloat16 else "float32",
-        "processes": rank_and_world()[1],
-        "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items() if net},
-    }
+# --- An epoch -------------------------------------------------------------------------------------
 
 
-def to_csv(rows: list[dict]) -> bytes:
-    """Rows with the same keys as the bytes of a CSV file."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def write_log(folder: Path, run: Run) -> None:
-    """log.csv and curves.png, whole, from the rows that last.pt keeps."""
-    data.save(folder / "log.csv", to_csv(run.rows))
-    panels = {"loss": list(run.weights)} | ({"D(x) and D(G)": ["D(x)", "D(G)"]} if run.discriminator else {})
-    panels |= {"PSNR in the hole (dB)": ["psnr_hole"], "PSNR of the whole output (dB)": ["psnr_output"]}
-    data.save(folder / "curves.png", data.png(data.curves(run.rows, panels)))
-
-
-def write_pictures(folder: Path, run: Run, pixels: torch.Tensor, mask: torch.Tensor, best: bool) -> None:
-    """grid.png, if these are the best weights: eight fixed validation faces, damaged, output, restored, original.
-
-    frames/EPOCH.png: three of them, restored, for training.gif.
-    """
-    image = pixels[:8].to(run.device).float() / 255
-    output = paint(run, image, mask)
-    restored = restore(output, image, mask)
-    if best:
-        strips = [("damaged", data.damage(image, mask)), ("output", output), ("restored", restored), ("original", image)]
-        data.save(folder / "grid.png", data.png(data.grid(strips)))
-    (folder / "frames").mkdir(exist_ok=True)
-    name = f"{run.epoch:04d}"  # as many digits in each, or the faces would jump in the film
-    data.save(folder / "frames" / f"{name}.png", data.png(data.grid([(f"epoch {name}", restored[:3])])))
-
-
-def write_gif(folder: Path) -> None:
-    """training.gif from all frames on the disk, the last one shown longer."""
-    frames = [PIL.Image.open(file).convert("RGB") for file in sorted((folder / "frames").glob("*.png"))]
-    if not frames:
-        return
-    stream = io.BytesIO()
-    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:], duration=[200] * (len(frames) - 1) + [2000], loop=0)
-    data.save(folder / "training.gif", stream.getvalue())
-
-
-# --- Training -------------------------------------------------------------------------------------
-
-
-def load_pixels(options: dict) -> torch.Tensor:
-    """The data set of --data as uint8 (N, 3, res, res)."""
-    if options["data"] == "synthetic":
-        return data.synthetic_faces(data.SYNTHETIC, options["res"])
-    return first_process_first(lambda: data.load_images(options["data"], options["res"]))
-
-
-def load_split(options: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """(training part, validation part) of --data; what is too little is refused before and after broken ones are left out."""
-    if options["data"] != "synthetic":
-        check_split(options, len(data.list_pictures(Path(options["data"]))))
-    pixels = load_pixels(options)
-    check_split(options, len(pixels))
-    return data.split(pixels, options["val"])
-
-
-def check_split(options: dict, count: int) -> None:
-    """InputError if `count` pictures leave too few to train on (two for each process) or none to validate."""
-    validating, need = data.validation_count(count, options["val"]), 2 * rank_and_world()[1]
-    if count - validating < need or not validating:
-        raise InputError(
-            f"--val {options['val']} of the {count} pictures in --data {options['data']} leaves {count - validating} to train on"
-            f" and {validating} to validate: it takes at least {need} and 1"
-        )
-
-
-def draw_epoch(options: dict, epoch: int, count: int, take: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The chances of one epoch, a function of seed, epoch and process alone: order, mirrored or not, holes.
+def draw_epoch(
+    options: dict, epoch: int, count: int, take: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The random choices of one epoch, a function of seed, epoch and process alone: order, mirrored or not,
+    holes.
 
     The same shuffled order in all processes, from which each takes its own pictures, `take` of them.
     """
@@ -648,221 +238,519 @@ def draw_epoch(options: dict, epoch: int, count: int, take: int) -> tuple[torch.
     return order, flip, data.center_box(options["res"], options["hole"]).expand(take, 4)
 
 
-def check_finite(run: Run, sums: dict[str, torch.Tensor]) -> None:
-    """InputError naming the first term that is not a number any more."""
-    for name, value in sums.items():
-        if not math.isfinite(value):
-            raise InputError(
-                f"{name} is {float(value)} in epoch {run.epoch + 1}, before step {run.step}: the run is stopped and its last"
-                f" epoch kept; try --lr {run.options['lr'] / 4:g}, or --precision float32, in a new run"
-            )
+def learning_rate(highest: float, step: int, total: int) -> float:
+    """Rises in a straight line to `highest` over the first tenth of all steps, then falls in one to 0.
+
+    The rise spares fresh weights the largest steps; at the end the steps only polish (section 2.5:
+    convergence).
+    """
+    return highest * min(1, (step + 1) / max(1, 0.1 * total), (total - step) / (0.9 * total))
 
 
-def train_epoch(run: Run, training: torch.Tensor, batch: int) -> dict[str, float]:
+def train_epoch(run: Run, training: torch.Tensor) -> dict[str, float]:
     """All batches of one epoch -> the means of what training_step reports."""
     options, sums, began, shown = run.options, {}, time.time(), time.time()
-    steps = len(training) // rank_and_world()[1] // batch
+    here = len(training) // rank_and_world()[1]  # pictures for this process
+    batch = min(options["batch"], here)
+    steps = here // batch
     total = options["epochs"] * steps
     order, flip, boxes = draw_epoch(options, run.epoch, len(training), steps * batch)
     boxes = boxes.to(run.device)
     for i, image in enumerate(data.batches(training, batch, order, flip, run.device)):
-        for name, optimizer in run.optimizers.items():
-            highest = options["lr"] if name == "generator" else min(options["lr"], JUDGE_RATE)
-            optimizer.param_groups[0]["lr"] = learning_rate(highest, run.epoch * steps + i, total)
+        for name, highest in (("generator", options["lr"]), ("discriminator", DISCRIMINATOR_RATE)):
+            if name in run.optimizers:
+                rate = learning_rate(highest, run.epoch * steps + i, total)
+                run.optimizers[name].param_groups[0]["lr"] = rate
         report = training_step(run, image, data.box_mask(boxes[i * batch : (i + 1) * batch], options["res"]))
         sums = {name: sums.get(name, 0) + value for name, value in report.items()}
         if time.time() - shown > 1:
             check_finite(run, sums)
             shown = time.time()
-            rate = (i + 1) * batch / (shown - began)
+            rate, done = (i + 1) * batch / (shown - began), run.epoch * steps + i + 1
             means = "  ".join(f"{name} {float(value) / (i + 1):.4f}" for name, value in sums.items())
-            say(f"epoch {run.epoch + 1}/{options['epochs']}  step {i + 1}/{steps}  {rate:.0f} images/s  {means}"
-                f"{data.time_left((total - run.epoch * steps - i - 1) * batch, rate)}")  # fmt: skip
+            say_progress(
+                f"epoch {run.epoch + 1}/{options['epochs']}  step {i + 1}/{steps}"
+                f"  {rate:.0f} images/s  {means}{data.time_left((total - done) * batch, rate)}"
+            )
     check_finite(run, sums)
-    for part in filter(None, (run.generator, run.discriminator, run.ema)):
-        check_finite(run, {f"a weight ({name})": value.sum() for name, value in part.state_dict().items()})
+    for network in (*run.networks.values(), run.ema):
+        check_finite(run, {f"a weight ({name})": value.sum() for name, value in network.state_dict().items()})
     return {name: float(value) / steps for name, value in sums.items()}
 
 
-def say(line: str) -> None:
+def say_progress(line: str) -> None:
     """The progress line, from the first process only."""
     if rank_and_world()[0] == 0:
         data.progress(line)
 
 
-def finish_epoch(run: Run, folder: Path, row: dict, validation: torch.Tensor, mask: torch.Tensor) -> None:
-    """Validate and write, in the first process: what hangs on the weights first, then last.pt, then the log."""
-    result = validate(lambda image: paint(run, image, mask), validation, mask)
-    row |= {name: result[name] for name in METRICS}
-    run.rows.append(row)
-    reconstructs = set(run.weights) != {"adversarial"}
-    best = not run.best or not reconstructs or result["psnr_hole"] > run.best["psnr_hole"]
+def check_finite(run: Run, sums: dict[str, torch.Tensor]) -> None:
+    """InputError naming the first number that is not finite any more."""
+    for name, value in sums.items():
+        if not math.isfinite(value):
+            raise InputError(f"{name} is {float(value)} in epoch {run.epoch + 1}, before step {run.step}:"
+                             f" the last epoch is kept; in a new run, try --lr {run.options['lr'] / 4:g}"
+                             " or --precision float32")  # fmt: skip
+
+
+@torch.no_grad()
+def run_ema(ema: models.UNet, damaged: torch.Tensor, mask: torch.Tensor, options: dict) -> torch.Tensor:
+    """What the averaged generator, in evaluation mode, paints for damaged pictures (B, 3, H, W)."""
+    with autocast(damaged.device, options["precision"]):
+        return ema(damaged.contiguous(memory_format=torch.channels_last), mask)
+
+
+REALISM = ("swd_hole", "sharpness")
+FIGURES = (*losses.METRICS, *REALISM)
+
+
+def validate(painter, pixels: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+    """All FIGURES over a validation set, uint8 (N, 3, res, res): means of per-picture values, and two of
+    realism.
+
+    `painter(damaged)` -> output (B, 3, res, res): a network, or a method without one. Both measures of
+    realism look at the first pictures only, 800 of them at 64 px.
+    """
+    values, kept, most = [], [], max(1, 800 * 64**2 // pixels.shape[2] ** 2)
+    for part in pixels.split(max(1, most // 8)):  # as much memory at any resolution
+        image = part.to(mask.device).float() / 255
+        output = painter(data.damage(image, mask))
+        restored = data.paste(output, image, mask)
+        values.append(losses.measure(output, restored, image, mask))
+        if len(kept) < 8:
+            kept.append((restored, image))
+    result = dict(zip(losses.METRICS, torch.cat(values, 1).cpu().double().mean(1).tolist()))
+    restored, image = (torch.cat(parts) for parts in zip(*kept))
+    realism = losses.swd(restored, image, mask), losses.sharpness(restored, image, mask)
+    return result | dict(zip(REALISM, realism)) | {"pictures": len(pixels)}
+
+
+# --- A run and its folder -------------------------------------------------------------------------
+
+KIND, VERSION = "face inpainting checkpoint", 2
+OLDER = {"limit": 16, "fake": "output"}  # options that came later, with the value that was built in before
+
+
+def load_pixels(options: dict) -> torch.Tensor:
+    """The data set of --data as uint8 (N, 3, res, res); the first process reads it, the others find its
+    cache."""
+    if options["data"] == "synthetic":
+        return data.synthetic_faces(data.SYNTHETIC, options["res"])
+    pixels = []
+    in_first_process(lambda: pixels.append(data.load_images(options["data"], options["res"])))
+    if pixels:
+        return pixels[0]
+    with contextlib.redirect_stderr(None):  # the first process has told what there is to tell
+        return data.load_images(options["data"], options["res"])
+
+
+def load_data(options: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """(training part, validation part) of --data; InputError if there is too little of either."""
+    training, validation = data.split(load_pixels(options), options["val"])
+    count, need = len(training) + len(validation), 2 * rank_and_world()[1]
+    if len(training) < need or not len(validation):
+        raise InputError(f"--val {options['val']} of the {count} pictures in --data {options['data']} leaves"
+                         f" {len(training)} to train on and {len(validation)} to validate:"
+                         f" it takes at least {need} and 1")  # fmt: skip
+    return training, validation
+
+
+def new_folder(out: str | None, options: dict) -> Path:
+    """Make the folder of a new run: --out, or runs/MODEL-LOSS-ACT-RES with a number that no other run has."""
+    if out and (Path(out) / "best.pt").exists():
+        raise InputError(
+            f"--out {out} already holds a run: go on with --resume {out}, or name another folder"
+        )
+    if out:
+        try:
+            Path(out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {out} cannot be made ({error.strerror}): name another folder") from error
+        return Path(out)
+    name = f"runs/{options['model']}-{options['loss'].replace('*', 'x')}-{options['act']}-{options['res']}"
+    for number in itertools.count(1):
+        folder = Path(name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
+
+def save_checkpoint(path: Path, run: Run, everything: bool) -> None:
+    """best.pt: weights and options. last.pt: also all that a resume needs. Tensors and plain types only.
+
+    There is no random state to keep: that of an epoch is made from the seed and the epoch's number
+    (draw_epoch).
+    """
+    state = {"kind": KIND, "version": VERSION, "options": run.options, "epoch": run.epoch}
+    state["ema"] = run.ema.state_dict()
+    if everything:
+        state |= {
+            "step": run.step,
+            "log": run.log,
+            "checksums": run.checksums,
+            "processes": rank_and_world()[1],
+        }
+        state |= {name: network.state_dict() for name, network in run.networks.items()}
+        state |= {"optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}}
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    data.save(path, stream.getbuffer())
+
+
+def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
+    """The dictionary of a checkpoint whose options are sound; InputError for any other file. Runs no code
+    from it."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        advice = "see who may read it" if isinstance(error, PermissionError) else "give the best.pt of a run"
+        advice = f"give {Path(path) / 'best.pt'}" if isinstance(error, IsADirectoryError) else advice
+        raise InputError(f"{path} cannot be read ({error.strerror}): {advice}") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about unknown files, and then it fails
+            state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except Exception as error:  # what torch says about such a file fills a screen and helps nobody
+        raise InputError(f"{path} is no checkpoint, or damaged: give another one, or train again") from error
+    if not isinstance(state, dict) or state.get("kind") != KIND:
+        raise InputError(f"{path} is a file of another program: give the best.pt or last.pt of a run folder")
+    if state.get("version") not in (1, VERSION):
+        raise InputError(
+            f"{path} has version {state.get('version')}; this program reads 1 and {VERSION}: train again"
+        )
+    return state | {"options": sound_options(path, state.get("options"))}
+
+
+def sound_options(path: str | Path, stored: dict) -> dict:
+    """The options of a checkpoint, those that it lacks added, if the command line would have taken them."""
+    try:
+        options = {"model": stored["model"]} | COMMON | PRESETS[stored["model"]] | OLDER
+        options = {name: stored.get(name, value) for name, value in options.items()}
+        words = [f"{flag(name)}={value}" for name, value in options.items()]
+        if vars(parser().parse_args(words)) != options | {"device": "auto"}:
+            raise ValueError("one is of another type")
+        check_options(options)
+    except (InputError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"the options in {path} are damaged ({error}): give another file") from error
+    return options
+
+
+def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[models.UNet, dict]:
+    """(the averaged generator, ready to paint; the options of its run) from a best.pt or last.pt."""
+    state = read_checkpoint(path, device)
+    ema = build_generator(state["options"]).eval().requires_grad_(False)
+    try:
+        ema.load_state_dict(state["ema"])
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: its weights do not fit its options") from error
+    precision = choose_precision(state["options"]["precision"], torch.device(device))
+    return ema.to(device, memory_format=torch.channels_last), state["options"] | {"precision": precision}
+
+
+def open_run(folder: Path, options: dict, device: torch.device, checksums: torch.Tensor) -> Run:
+    """The run in a folder as its last.pt has it, with these options; InputError if the pictures are
+    others."""
+    run, (_, world) = Run(options, device), rank_and_world()
+    state = read_checkpoint(folder / "last.pt", device)
+    try:
+        run.ema.load_state_dict(state["ema"])
+        for name, network in run.networks.items():
+            network.load_state_dict(state[name])
+            run.optimizers[name].load_state_dict(state["optimizers"][name])
+            run.optimizers[name].param_groups[0]["fused"] = device.type != "mps"  # perhaps another device's
+        run.step, run.epoch, run.log = state["step"], state["epoch"], state["log"]
+        run.checksums, processes = state["checksums"].cpu(), state["processes"]
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder / 'last.pt'} is damaged, or of an older version: start a new run"
+        ) from error
+    if len(run.checksums) != len(checksums):
+        raise InputError(f"--data {options['data']} holds {len(checksums)} pictures, the run in {folder} had"
+                         f" {len(run.checksums)}: give the same pictures")  # fmt: skip
+    if not torch.equal(run.checksums, checksums):
+        first = int((run.checksums != checksums).nonzero()[0]) + 1
+        raise InputError(f"picture {first} of {len(checksums)} in --data {options['data']} is not the one"
+                         f" that the run in {folder} had: give the same pictures")  # fmt: skip
+    if run.epoch < options["epochs"] and processes != world:
+        raise InputError(
+            f"the run in {folder} had {processes} processes, now there are {world}: start it as before"
+        )
+    return run
+
+
+def describe(run: Run) -> dict:
+    """config.json: every option, versions, device, parameter counts."""
+    on_gpu, versions = run.device.type == "cuda", {"torch": torch, "numpy": np, "pillow": PIL}
+    return {
+        "options": run.options,
+        "versions": {"python": platform.python_version()}
+        | {name: v.__version__ for name, v in versions.items()},
+        "device": torch.cuda.get_device_name() if on_gpu else f"{run.device.type} {platform.machine()}",
+        "processes": rank_and_world()[1],
+        "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in run.networks.items()},
+    }
+
+
+def to_json(value: dict) -> bytes:
+    """A dictionary as the bytes of a JSON file."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def to_csv(rows: list[dict]) -> bytes:
+    """Rows with the same keys as the bytes of a CSV file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def write_log(folder: Path, run: Run) -> None:
+    """log.csv and curves.png, whole, from the rows that last.pt keeps."""
+    data.save(folder / "log.csv", to_csv(run.log))
+    panels = {"loss": list(run.weights)}
+    if run.discriminator:
+        panels["D(real) and D(fake)"] = ["D(real)", "D(fake)"]
+    panels |= {"PSNR in the hole (dB)": ["psnr_hole"], "PSNR of the whole output (dB)": ["psnr_output"]}
+    charts = []
+    for title, names in panels.items():
+        curves = {name: [(row["epoch"], row[name]) for row in run.log] for name in names}
+        charts.append(data.chart(title, "epoch", curves))
+    data.save(folder / "curves.png", data.png(data.beside(charts)))
+
+
+def write_pictures(folder: Path, run: Run, pixels: torch.Tensor, mask: torch.Tensor, best: bool) -> None:
+    """grid.png, if these are the best weights: eight fixed validation faces, damaged, output, restored,
+    original.
+
+    frames/EPOCH.png: three of them, restored, for training.gif.
+    """
+    image = pixels[:8].to(run.device).float() / 255
+    damaged = data.damage(image, mask)
+    output = run_ema(run.ema, damaged, mask, run.options)
+    restored = data.paste(output, image, mask)
     if best:
-        run.best = result | {"epoch": run.epoch}
+        strips = [("damaged", damaged), ("output", output), ("restored", restored), ("original", image)]
+        data.save(folder / "grid.png", data.png(data.grid(strips)))
+    (folder / "frames").mkdir(exist_ok=True)
+    name = f"{run.epoch:04d}"  # as many digits in each, or the faces would jump in the film
+    data.save(folder / "frames" / f"{name}.png", data.png(data.grid([(f"epoch {name}", restored[:3])])))
+
+
+def best_row(run: Run) -> dict:
+    """The epoch whose weights best.pt holds: the best in the hole or, where no distance is trained, the
+    last."""
+    if not set(run.weights) & set(losses.DISTANCES):
+        return run.log[-1]
+    return max(run.log, key=lambda row: row["psnr_hole"])
+
+
+def finish_epoch(run: Run, folder: Path, row: dict, validation: torch.Tensor, mask: torch.Tensor) -> None:
+    """Validate and write, in the first process. last.pt comes last: after a kill, all before it is made
+    again."""
+    row |= validate(functools.partial(run_ema, run.ema, mask=mask, options=run.options), validation, mask)
+    run.log.append(row)
+    best = best_row(run) is row
+    if best:
         save_checkpoint(folder / "best.pt", run, everything=False)
-        data.save(folder / "results.json", to_json(run.best))
+        data.save(
+            folder / "results.json", to_json({name: row[name] for name in (*FIGURES, "pictures", "epoch")})
+        )
     write_pictures(folder, run, validation, mask, best)
-    save_checkpoint(folder / "last.pt", run, everything=True)
     write_log(folder, run)
+    if run.epoch == run.options["epochs"]:
+        frames = [PIL.Image.open(file).convert("RGB") for file in sorted((folder / "frames").glob("*.png"))]
+        data.save(folder / "training.gif", data.gif(frames))
+    save_checkpoint(folder / "last.pt", run, everything=True)
     data.progress(None)
-    means = "  ".join(f"{name} {row[name]:.4f}" for name in [*run.weights, "D(x)", "D(G)"] if name in row)
-    print(f"epoch {run.epoch}/{run.options['epochs']}  {row['seconds']:.0f} s so far  {row['images_per_second']:.0f} images/s  {means}"
-          f"  psnr_hole {row['psnr_hole']:.2f}  psnr_output {row['psnr_output']:.2f}", flush=True)  # fmt: skip
+    means = "  ".join(
+        f"{name} {row[name]:.4f}" for name in [*run.weights, "D(real)", "D(fake)"] if name in row
+    )
+    speed = f"{row['seconds']:.0f} s so far  {row['images_per_second']:.0f} images/s"
+    psnrs = f"psnr_hole {row['psnr_hole']:.2f}  psnr_output {row['psnr_output']:.2f}"
+    say(f"epoch {run.epoch}/{run.options['epochs']}  {speed}  {means}  {psnrs}")
 
 
-def start(run: Run, folder: Path, resume: bool, validation: torch.Tensor, mask: torch.Tensor) -> None:
-    """Bring a run back from its last.pt, or begin it: everything is on the disk before the first step."""
-    options = run.options
-    if resume and (folder / "last.pt").exists():
-        load_everything(folder / "last.pt", run)
-        run.options = options  # --epochs may have grown
-    if rank_and_world()[0] == 0:
-        save_checkpoint(folder / "last.pt", run, everything=True)
-        about = describe(run)
-        data.save(folder / "config.json", to_json(about))
-        if run.rows:
-            write_log(folder, run)
-        else:
-            write_pictures(folder, run, validation, mask, best=True)
-        done = ", all epochs done" if run.epoch == options["epochs"] else ""
-        print(f"{folder}: {run.setting[1]} pictures to train on, {len(validation)} to validate, on {about['device']}, {about['precision']}{done}"
-              f"{f', {run.setting[0]} processes' if run.setting[0] > 1 else ''}", flush=True)  # fmt: skip
-
-
-def train(options: dict, folder: Path, resume: bool, device: torch.device, compiled: bool = False) -> dict:
-    """A whole run, from its folder to its results; goes on from last.pt if `resume`."""
-    rank, world = rank_and_world()
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-    run = build(options, device, compiled)
-    if rank == 0 and not resume:
-        folder.mkdir(parents=True, exist_ok=True)
+def train(run: Run, folder: Path, parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Train a run to its last epoch, from where it stands. A finished run is left as it is."""
+    (training, validation), options, (rank, world) = parts, run.options, rank_and_world()
+    mask = data.center_hole(options["res"], options["hole"]).to(run.device)
+    if run.epoch < options["epochs"] and rank == 0:
+        save_checkpoint(
+            folder / "last.pt", run, everything=True
+        )  # so that even the first epoch can be resumed
         data.save(folder / "config.json", to_json(describe(run)))
-    training, validation = load_split(options)
-    mask = data.center_hole(options["res"], options["hole"]).to(device)
-    run.setting = [world, len(training)]
-    start(run, folder, resume, validation, mask)
-    batch = min(options["batch"], len(training) // world)
-    training = data.settle(training, device)
+        if run.epoch == 0:
+            write_pictures(folder, run, validation, mask, best=True)
+    training = data.settle(training, run.device)
+    if world > 1:
+        share_gradients(run)
     while run.epoch < options["epochs"]:
         began = time.time()
-        means = train_epoch(run, training, batch)
+        means = train_epoch(run, training)
         seconds = time.time() - began
-        for network in filter(None, (run.generator, run.discriminator, run.ema)):
-            average_buffers(network)
+        average_buffers(run)
         run.epoch += 1
         if rank == 0:
-            images = len(training) // world // batch * batch * world
-            past = run.rows[-1]["seconds"] if run.rows else 0
-            row = {"epoch": run.epoch, "step": run.step, "seconds": past + seconds, "images_per_second": images / seconds}
+            past, speed = run.log[-1]["seconds"] if run.log else 0, len(training) / seconds
+            row = {
+                "epoch": run.epoch,
+                "step": run.step,
+                "seconds": past + seconds,
+                "images_per_second": speed,
+            }
             finish_epoch(run, folder, row | means, validation, mask)
-        wait_for_all()
+        if world > 1:
+            dist.barrier()
+
+
+def train_command(options: dict, given: dict, device: torch.device) -> None:
+    """Train a new run, or go on with the one in the folder of --resume."""
+    parts, (rank, world) = load_data(options), rank_and_world()
+    checksums = torch.cat([data.fingerprint(part) for part in parts])
+    if "resume" in given:
+        folder = Path(given["resume"])
+        run = open_run(folder, options, device, checksums)
+    else:
+        run = Run(options, device)
+        run.checksums = checksums
+        folder = in_first_process(lambda: new_folder(given.get("out"), options))
+    done = ", all epochs are done" if run.epoch == options["epochs"] else ""
+    several = f", {world} processes" if world > 1 else ""
+    say(f"{folder}: {len(parts[0])} pictures to train on, {len(parts[1])} to validate,"
+        f" on {describe(run)['device']}, {options['precision']}{several}{done}")  # fmt: skip
+    try:
+        train(run, folder, parts)
+    except KeyboardInterrupt:
+        stop(
+            f"stopped; go on from the last epoch with: python inpaint.py --resume {shlex.quote(str(folder))}",
+            130,
+        )
     if rank == 0:
-        write_gif(folder)
-    return run.best
+        best = best_row(run)
+        psnrs = f"psnr_hole {best['psnr_hole']:.2f}, psnr_output {best['psnr_output']:.2f} dB"
+        say(f"{folder}/grid.png shows the faces; {psnrs}")
+
+
+def say(line: str) -> None:
+    """A line on the screen, from the first process only."""
+    if rank_and_world()[0] == 0:
+        print(line, flush=True)
 
 
 # --- Evaluating -----------------------------------------------------------------------------------
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Print, and perhaps write, the metrics of a checkpoint; resolution, hole, data and split are its own unless given."""
-    run = load_painter(args.evaluate, choose_device(args.device))
-    given = {name: getattr(args, name) for name in ("res", "hole", "data", "val", "precision")}
-    run.options |= {name: value for name, value in given.items() if value is not None}
-    check_options(run.options | {"val": 0.5})
-    if args.json and not Path(args.json).parent.is_dir():
-        raise InputError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
-    if args.json and Path(args.json).exists() and not Path(args.json).is_file():
-        raise InputError(f"--json {args.json} is no file that can be replaced: name another")
-    pixels = data.split(load_pixels(run.options), run.options["val"])[1]
-    if not len(pixels):
-        raise InputError(f"--val {run.options['val']} of --data {run.options['data']} leaves no picture to measure: give more of them")
-    mask = data.center_hole(run.options["res"], run.options["hole"]).to(run.device)
-    result = validate(lambda image: paint(run, image, mask), pixels, mask) | {"epoch": run.epoch}
-    print("\n".join(f"{name:<14}{value:.4f}" if isinstance(value, float) else f"{name:<14}{value}" for name, value in result.items()))
-    if args.json:
-        data.save(args.json, to_json(result))
+def evaluate(given: dict, device: torch.device) -> None:
+    """Print the figures of a checkpoint as JSON; resolution, hole, data and split are its run's unless
+    given."""
+    ema, options = load_generator(given["evaluate"], device)
+    options |= given
+    check_options(options)
+    options["precision"] = choose_precision(options["precision"], device)
+    mask = data.center_hole(options["res"], options["hole"]).to(device)
+    _, validation = data.split(load_pixels(options), options["val"])
+    if not len(validation):
+        raise InputError(
+            f"--val {options['val']} of --data {options['data']} leaves no picture to measure: give more"
+        )
+    result = validate(functools.partial(run_ema, ema, mask=mask, options=options), validation, mask)
+    print(to_json(result).decode(), end="", flush=True)
 
 
 # --- Comparing: table 1 and figure 4 --------------------------------------------------------------
 
-# name, what to train, the PSNR that the paper prints
-ROWS = [
+PAPER_GAN = {"model": "gan", "loss": "adversarial", "fake": "output", "batch": 64}
+ROWS = [  # name, what to train, the PSNR that the paper prints
     ("U-Net", {"model": "unet", "loss": "l1", "act": "relu"}, 6.178),
     ("U-Net", {"model": "unet", "loss": "l1", "act": "swish"}, 6.093),
     ("U-Net", {"model": "unet", "loss": "l1+dssim", "act": "relu"}, 6.178),
     ("U-Net", {"model": "unet", "loss": "l1+dssim", "act": "swish"}, 6.065),
-    ("GAN", {"model": "gan", "loss": "adversarial", "act": "relu"}, 6.153),
-    ("GAN", {"model": "gan", "loss": "adversarial", "act": "swish"}, 6.069),
-    ("GAN + L1", {"model": "gan", "loss": "100*l1+adversarial", "act": "relu"}, None),
-    ("U-Net, 1 deeper", {"model": "unet", "loss": "l1", "act": "relu", "depth": DEFAULTS["unet"]["depth"] + 1}, None),
+    ("GAN, judged by output", PAPER_GAN | {"act": "relu"}, 6.153),
+    ("GAN, judged by output", PAPER_GAN | {"act": "swish"}, 6.069),
+    ("GAN", {"model": "gan", "act": "relu"}, None),
+    ("GAN", {"model": "gan", "act": "swish"}, None),
+    ("GAN + L1", {"model": "gan", "loss": "60*l1+adversarial", "act": "relu"}, None),
+    ("the GAN's U-Net alone", {"model": "gan", "loss": "l1", "act": "relu"}, None),
+    ("U-Net, 1 deeper", {"model": "unet", "loss": "l1", "act": "relu", "depth": 6}, None),
 ]
-COLUMNS = ["network", "loss", "activation", "parameters", "minutes", "psnr_output", "psnr_hole", "psnr_restored", "ssim_restored", "paper"]
+COLUMNS = ["network", "loss", "activation", "parameters", "minutes", *FIGURES, "paper"]
 
 
-def methods_without_training(training: torch.Tensor, mask: torch.Tensor) -> dict:
-    """{name: painter(images)}: what there is to beat."""
-    mean = models.mean_face(training).to(mask.device)
-    return {
-        "white hole": lambda image: data.damage(image, mask),
-        "harmonic diffusion": lambda image: models.harmonic(data.damage(image, mask), mask),
-        "mean face": lambda image: mean.expand_as(image),
-        "nearest face": lambda image: models.nearest_face(image, mask, training),
-    }
+def compare(given: dict, device: torch.device) -> None:
+    """Train every row that is not finished; write table.md, table.csv, tradeoff.png, comparison.png in
+    --out."""
+    out, first, seeds = Path(given.get("out", "runs/compare")), given.get("seed", 0), given.get("seeds", 1)
+    wanted = [(name, {"res": 64, "epochs": 10} | row | given, paper) for name, row, paper in ROWS]
+    wanted = [(name, row, paper) for name, row, paper in wanted if 2 ** row.get("depth", 1) <= row["res"]]
+    wanted = [(name, complete_options(row, device), paper) for name, row, paper in wanted]
+    parts = load_data(wanted[0][1])
+    checksums = torch.cat([data.fingerprint(part) for part in parts])
+    mask = data.center_hole(wanted[0][1]["res"], wanted[0][1]["hole"]).to(device)
+    image = parts[1][:6].to(device).float() / 255
+    damaged, below = data.damage(image, mask), baselines(parts, mask, image)
+    table = [
+        {"network": name, "loss": options["loss"], "act": options["act"], "paper": paper, "runs": []}
+        for name, options, paper in wanted
+    ]
+    say("| " + " | ".join(COLUMNS) + " |")
+    for seed in range(first, first + seeds):
+        for row, (_, options, _) in zip(table, wanted):
+            folder = out / row_folder(options | {"seed": seed})
+            figures, trained = finish_row(folder, options | {"seed": seed}, parts, checksums, device)
+            row["runs"].append(figures)
+            ema, stored = load_generator(folder / "best.pt", device)
+            row.setdefault("faces", data.paste(run_ema(ema, damaged, mask, stored), image, mask))
+            say(table_line(row))
+            last = row is table[-1] and seed == first + seeds - 1
+            if rank_and_world()[0] == 0 and (trained or last):  # until then, an older table keeps its rows
+                write_table(out, [row for row in table if row["runs"]] + below, image, damaged)
+    for row in below:
+        say(table_line(row))
+    say(f"{out}/table.md, {out}/tradeoff.png and {out}/comparison.png are written")
 
 
-def compare_options(args: argparse.Namespace, row: dict, seed: int) -> dict:
-    """The options of one row of the table."""
-    asked = argparse.Namespace(**vars(args) | {name: row[name] for name in ("model", "loss", "act", "depth") if name in row})
-    asked.res, asked.seed, asked.epochs = args.res or 64, seed, args.epochs or DEFAULTS["unet"]["epochs"]
-    return training_options(asked)
+def row_folder(options: dict) -> str:
+    """A name for a row's run: all that tells the rows of the table apart."""
+    fake = f"-{options['fake']}" if "adversarial" in options["loss"] else ""
+    name = f"{options['model']}-{options['loss'].replace('*', 'x')}{fake}-{options['act']}"
+    return f"{name}-depth{options['depth']}-seed{options['seed']}"
 
 
-def compare(args: argparse.Namespace) -> None:
-    """Train every row that is not finished, and write table.md, table.csv and comparison.png below --out."""
-    out, device, first = Path(args.out or "runs/compare"), choose_device(args.device), args.seed or 0
-    check_writable(out)
-    fits = int(math.log2(args.res or 64))  # as deep as a U-Net can be
-    table = [{"network": name, "paper": paper, "runs": []} | row for name, row, paper in ROWS if row.get("depth", 0) <= fits]
-    work, finished = [], set()
-    for seed, row in itertools.product(range(first, first + (args.seeds or 1)), table):
-        options = compare_options(args, row, seed)
-        folder = out / f"{Path(default_folder(options)).name}-depth{options['depth']}-seed{seed}"
-        if (folder / "last.pt").exists():
-            state = read_checkpoint(folder / "last.pt", torch.device("cpu"))
-            check_same(options, state["options"], folder, "give the options of the first time again, or another --out")
-            if state["epoch"] == options["epochs"]:
-                finished.add(folder)
-        work.append((row, options, folder))
-    work.sort(key=lambda job: job[2] not in finished)  # until those are read, the table of the last time stays
-    training, validation = load_split(options)
-    mask = data.center_hole(options["res"], options["hole"]).to(device)
-    image = validation[:6].to(device).float() / 255
-    say_line("| " + " | ".join(COLUMNS) + " |")
-    for name, painter in methods_without_training(training, mask).items():
+def finish_row(folder: Path, options: dict, parts: tuple, checksums: torch.Tensor, device) -> tuple:
+    """Train a row to its end -> (its figures, whether it was unfinished). A finished one is only read."""
+    if in_first_process((folder / "last.pt").exists):
+        stored = read_checkpoint(folder / "last.pt")["options"]
+        options |= {name: stored[name] for name in ("data", "precision")}  # place and machine may differ
+        refuse_changes(options, stored, f"the run in {folder}")
+        run = open_run(folder, options, device, checksums)
+    else:
+        run = Run(options, device)
+        run.checksums = checksums
+        in_first_process(lambda: folder.mkdir(parents=True, exist_ok=True))
+    trained = run.epoch < options["epochs"]
+    train(run, folder, parts)
+    more = {"parameters": sum(weight.numel() for weight in run.networks["generator"].parameters())}
+    figures = in_first_process(lambda: best_row(run) | more | {"minutes": run.log[-1]["seconds"] / 60})
+    return figures, trained
+
+
+def baselines(parts: tuple, mask: torch.Tensor, image: torch.Tensor) -> list[dict]:
+    """Rows of the table for the methods without training, and the floor of swd_hole: two halves of the
+    originals."""
+    (training, validation), table, empty = parts, [], {"loss": "", "act": "", "paper": None}
+    for name, painter in models.without_training(training, mask).items():
         began = time.time()
-        result = validate(painter, validation, mask) | {"minutes": (time.time() - began) / 60, "parameters": 0}
-        table.append({"network": name, "loss": "", "act": "", "paper": None, "runs": [result], "faces": restore(painter(image), image, mask)})
-        say_row(table[-1])
-    for row, options, folder in work:
-        train(options, folder, (folder / "last.pt").exists(), device, args.compile)
-        wait_for_all()
-        run = load_painter(folder / "best.pt", device)
-        parameters = sum(weight.numel() for weight in run.generator.parameters())
-        state = read_checkpoint(folder / "last.pt", torch.device("cpu"))
-        row["runs"].append(state["best"] | {"parameters": parameters, "minutes": state["rows"][-1]["seconds"] / 60})
-        row.setdefault("faces", restore(paint(run, image, mask), image, mask))
-        say_row(row)
-        if folder not in finished or folder == work[-1][2]:
-            write_table(out, table)
-    strips = [("original", image), ("damaged", data.damage(image, mask))]
-    for row in table:
-        lines = [row["network"], row["loss"].replace("+", " +\n"), row["act"]] if row["loss"] else row["network"].split()
-        strips.append(("\n".join(lines), row["faces"]))
-    if rank_and_world()[0] == 0:
-        data.save(out / "comparison.png", data.png(data.grid(strips, upright=True)))
-        print(f"{out}/table.md and {out}/comparison.png are written")
+        result = validate(painter, validation, mask)
+        result |= {"parameters": 0, "minutes": (time.time() - began) / 60}
+        faces = data.paste(painter(data.damage(image, mask)), image, mask)
+        table.append(empty | {"network": name, "runs": [result], "faces": faces})
+    count = min(800, len(validation) // 2)
+    if count:
+        one, other = validation[:count].float() / 255, validation[-count:].float() / 255
+        floor = dict.fromkeys(COLUMNS[3:-1], math.nan) | {"swd_hole": losses.swd(one, other, mask.cpu())}
+        table.append(empty | {"network": "originals, two halves", "runs": [floor]})
+    return table
 
 
 def table_row(row: dict) -> dict:
@@ -870,252 +758,566 @@ def table_row(row: dict) -> dict:
     cells = {"network": row["network"], "loss": row["loss"], "activation": row["act"]}
     for name in COLUMNS[3:-1]:
         values = [run[name] for run in row["runs"]]
-        digits = {"parameters": 0, "minutes": 1, "ssim_restored": 4}.get(name, 2)
-        cells[name] = f"{statistics.mean(values):,.{digits}f}"
+        digits = {"parameters": 0, "minutes": 1, "ssim_restored": 4, "swd_hole": 4}.get(name, 2)
+        cells[name] = "" if math.isnan(values[0]) else f"{statistics.mean(values):,.{digits}f}"
         if len(values) > 1 and digits and name != "minutes":
             cells[name] += f" ± {statistics.stdev(values):.{digits}f}"
     return cells | {"paper": f"{row['paper']:.3f}" if row["paper"] else ""}
 
 
-def say_line(line: str) -> None:
-    """A line on the screen, from the first process only."""
-    if rank_and_world()[0] == 0:
-        print(line, flush=True)
+def table_line(row: dict) -> str:
+    """A row of the table in Markdown."""
+    return "| " + " | ".join(table_row(row).values()) + " |"
 
 
-def say_row(row: dict) -> None:
-    """A row of the table on the screen."""
-    say_line("| " + " | ".join(table_row(row).values()) + " |")
-
-
-def write_table(out: Path, table: list[dict]) -> None:
-    """table.md and table.csv with the rows that have a run."""
-    if rank_and_world()[0] == 0:
-        rows = [table_row(row) for row in table if row["runs"]]
-        lines = ["| " + " | ".join(line) + " |" for line in (COLUMNS, ["---"] * len(COLUMNS), *(row.values() for row in rows))]
-        data.save(out / "table.md", ("\n".join(lines) + "\n").encode())
-        data.save(out / "table.csv", to_csv(rows))
+def write_table(out: Path, table: list[dict], image: torch.Tensor, damaged: torch.Tensor) -> None:
+    """table.md, table.csv, tradeoff.png and comparison.png, from the rows that are there."""
+    head = ["| " + " | ".join(line) + " |" for line in (COLUMNS, ["---"] * len(COLUMNS))]
+    data.save(out / "table.md", ("\n".join([*head, *map(table_line, table)]) + "\n").encode())
+    data.save(out / "table.csv", to_csv([table_row(row) for row in table]))
+    points, strips = {}, [("original", image), ("damaged", damaged)]
+    for row in table:
+        words = [row["network"], row["loss"], row["act"]]
+        figures = [statistics.mean(run[name] for run in row["runs"]) for name in ("psnr_hole", "swd_hole")]
+        if row["network"] != "white hole":  # so far off that the others would fall into one point
+            points[", ".join(filter(None, words))] = [tuple(figures)]
+        if "faces" in row:
+            words[:2] = words[0].replace(" ", "\n"), words[1].replace("+", " +\n")
+            strips.append(("\n".join(filter(None, words)), row["faces"]))
+    title, across = (
+        "swd_hole: lower looks more real",
+        "psnr_hole (dB): further right is closer to the original",
+    )
+    data.save(out / "tradeoff.png", data.png(data.chart(title, across, points, 960, 480)))
+    data.save(out / "comparison.png", data.png(data.grid(strips, upright=True)))
 
 
 # --- Restoring your own photo ---------------------------------------------------------------------
 
 
-def photo_mask(file: str | None, photo: PIL.Image.Image, hole: float) -> torch.Tensor:
-    """What is missing from a photo, (1, H, W), 1 in the hole: the mask file, white = missing, or a centred square."""
+def photo_mask(file: str | None, photo: PIL.Image.Image, options: dict) -> torch.Tensor:
+    """What is missing from a photo, (1, H, W), 1 in the hole: the mask file, or the training's hole in its
+    middle.
+
+    Of a mask, transparency is laid on black, and what is brighter than half of its brightest value is
+    missing.
+    """
     width, height = photo.size
     if not file:
-        side = max(1, round(min(width, height) * hole))
-        top, left, mask = (height - side) // 2, (width - side) // 2, torch.zeros(1, height, width)
+        square = min(width, height)
+        corner, side = hole_of(options)
+        start, side = round(square * corner / options["res"]), max(1, round(square * side / options["res"]))
+        top, left = ((length - square) // 2 + start for length in (height, width))
+        mask = torch.zeros(1, height, width)
         mask[:, top : top + side, left : left + side] = 1
         return mask
     try:
-        picture = data.open_photo(file).convert("L")
+        picture = data.read_photo(Path(file), behind="black").convert("L")
     except InputError as error:
         raise InputError(f"--mask {file}: {error}") from error
-    if abs(picture.width * height - width * picture.height) > max(width, height, *picture.size):  # a pixel's rounding is allowed
-        raise InputError(f"--mask {file} is {picture.width} x {picture.height}, the photo {width} x {height}: it takes the same proportions")
+    rounding = max(width, height, *picture.size)  # a pixel more or less
+    if abs(picture.width * height - width * picture.height) > rounding:
+        raise InputError(f"--mask {file} is {picture.width} x {picture.height}, the photo {width} x {height}:"
+                         " it takes the same proportions")  # fmt: skip
     values = np.asarray(picture.resize(photo.size, PIL.Image.Resampling.NEAREST))
-    grey = float(((values > 48) & (values < 208)).mean())
+    brightest = int(values.max())
+    mask = torch.from_numpy(values > brightest / 2)[None]
+    grey = float(((values > 0.2 * brightest) & (values < 0.8 * brightest)).mean())
+    problem = "all black, so nothing is missing" if not brightest else "all white, so everything is missing"
     if grey > 0.2:  # a soft brush and a JPEG make some
-        raise InputError(f"--mask {file} is {grey:.0%} grey, like a photo: paint white what is to be filled, the rest black")
-    mask = torch.from_numpy(values >= 128)[None]
-    if mask.all() or not mask.any():
-        colour, missing = ("white", "everything") if mask.all() else ("black", "nothing")
-        raise InputError(f"--mask {file} is all {colour}, so {missing} is missing: paint white what is to be filled, the rest black")
+        problem = f"{grey:.0%} grey, like a photo"
+    if grey > 0.2 or not brightest or mask.all():
+        raise InputError(f"--mask {file} is {problem}: white is what is to be filled, black the rest")
+    if brightest < 255 or grey:
+        data.say(f"--mask {file}: missing is what is brighter than {brightest // 2} of 255,"
+                 f" {mask.float().mean():.1%} of the photo")  # fmt: skip
     return mask.float()
 
 
-def resize(image: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, C, S, S) -> (B, C, size, size), smoothly both ways."""
-    return torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True, align_corners=False)
+def hole_of(options: dict) -> tuple[int, int]:
+    """(first row and column, side) of the hole that a network was trained with, in its pixels."""
+    top, _, bottom, _ = data.center_box(options["res"], options["hole"])[0].tolist()
+    return top, bottom - top
 
 
-@torch.no_grad()
-def fill(run: Run, photo: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Paint the hole of a photo of any size: photo (3, H, W) in [0, 1], mask (1, H, W) -> (3, H, W).
+def fill(ema: models.UNet, options: dict, photo: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Paint the hole of a photo of any size: photo (3, H, W) in [0, 1], mask (1, H, W) -> restored (3, H, W).
 
-    The network sees the smallest square in which the hole takes the share it was trained on, in the centre; beyond the
-    photo's border its last pixels are repeated. What it paints is scaled back. Then the difference at the rim between
-    the known pixels and the painted ones, carried on into the hole by Laplace's equation, is added: no step is left there.
+    The network looks through a square of the photo that is placed so that the hole's bounding square lies
+    exactly where the hole was in training: a network knows its hole's place, not its mask. What it paints
+    is scaled back. At the rim, the photo differs a little from what the network painted for the same known
+    pixels. That difference is carried on into the hole by Laplace's equation and added, so no step is left.
     """
-    res, (height, width) = run.options["res"], photo.shape[1:]
-    rows, columns = mask[0].any(1).nonzero()[:, 0], mask[0].any(0).nonzero()[:, 0]
-    top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-    side = math.ceil(max(bottom - top, right - left) * res / round(res * run.options["hole"]))
-    y0, x0 = (top + bottom - side) // 2, (left + right - side) // 2
-    n = min(side, 8 * res)  # of a huge square every few pixels are enough
-    pick = ((torch.arange(n) + 0.5) * side / n).floor().long()
-    y, x = (y0 + pick).clamp(0, height - 1), (x0 + pick).clamp(0, width - 1)
-    hole = mask[:, y][:, :, x][None]  # (1, 1, n, n)
-    share = resize(1 - hole, res)  # how much of each small pixel is known: only that gives it its colour
-    small = resize(photo[:, y][:, :, x][None] * (1 - hole), res).div_(share.clamp(min=1e-6)).clamp_(0, 1)
-    hole = (share < 0.5).float()
-    painted = paint(run, small.to(run.device), hole.to(run.device)).cpu()
-    painted = models.harmonic(painted, 1 - hole)  # what lies beyond its hole is carried on from inside
+    res, (first, side), known = options["res"], hole_of(options), 1 - mask
+    (top, left), (bottom, right) = (corner.tolist() for corner in mask[0].nonzero().aminmax(dim=0))
+    bottom, right = bottom + 1, right + 1
+    scale = max(bottom - top, right - left) / side  # pixels of the photo for one of the network's
+    y0, x0 = ((low + high) / 2 - (first + side / 2) * scale for low, high in ((top, bottom), (left, right)))
+    square = (x0, y0, x0 + res * scale, y0 + res * scale)
+    share = crop_resize(
+        known, square, (res, res)
+    )  # how much of each small pixel is known: only that gives its colour
+    image = crop_resize(photo * known, square, (res, res)) / share.clamp(min=1e-6)
+    random = options["hole_at"] == "random"  # such a network has learnt to use its mask
+    hole = (share < 0.5).float()[None] if random else data.center_hole(res, options["hole"])
+    damaged, device = data.damage(image[None].clamp(0, 1), hole), next(ema.parameters()).device
+    output = run_ema(ema, damaged.to(device), hole.to(device), options).cpu()[0]
     # Back in the photo: the hole's bounding box, with one known pixel around it where there is one.
-    top, bottom, left, right = max(0, top - 1), min(height, bottom + 1), max(0, left - 1), min(width, right + 1)
-    down, across = ((torch.arange(*ends) + 0.5 - start) / side * 2 - 1 for ends, start in (((top, bottom), y0), ((left, right), x0)))
-    places = torch.stack(torch.meshgrid(across, down, indexing="xy"), -1)[None]  # (1, h, w, 2), each from -1 to 1
-    painted = torch.nn.functional.grid_sample(painted, places, padding_mode="border", align_corners=False)
-    known, hole = photo[None, :, top:bottom, left:right], mask[None, :, top:bottom, left:right]
-    joined = painted + models.harmonic((known - painted) * (1 - hole), hole)
-    result = photo.clone()
-    result[:, top:bottom, left:right] = torch.where(hole > 0, joined.clamp(0, 1), known)[0]
-    return result
+    top, left = max(0, top - 1), max(0, left - 1)
+    bottom, right = min(photo.shape[1], bottom + 1), min(photo.shape[2], right + 1)
+    box = [(left - x0) / scale, (top - y0) / scale, (right - x0) / scale, (bottom - y0) / scale]
+    painted = crop_resize(output, box, (right - left, bottom - top))
+    here = (slice(None), slice(top, bottom), slice(left, right))
+    difference = (photo[here] - painted) * known[here]
+    joined = (painted + models.harmonic(difference[None], mask[here][None])[0]).clamp(0, 1)
+    if torch.equal((photo * known).amin(0), (photo * known).amax(0)):  # a grey photo stays grey
+        joined = joined.mean(0, keepdim=True).expand_as(joined)
+    restored = photo.clone()
+    restored[here] = data.paste(joined, photo[here], mask[here])
+    return restored
 
 
-def restore_photo(run: Run, file: Path, mask_file: str | None, out: Path) -> None:
-    """NAME-restored.png and NAME-compare.png in `out`, numbered if they exist; known pixels are the photo's to the bit."""
-    photo = data.open_photo(file)
-    pixels, mask = data.to_tensor(photo), photo_mask(mask_file, photo, round(run.options["res"] * run.options["hole"]) / run.options["res"])
+def crop_resize(z: torch.Tensor, box: tuple, size: tuple[int, int]) -> torch.Tensor:
+    """Scale the part of z (C, H, W) in a box of real-valued corners to size (w, h) -> (C, h, w).
+
+    The box may leave the picture: beyond its border, the border is repeated.
+    """
+    down, across = (
+        torch.arange(math.floor(low), math.ceil(high)).clamp(0, length - 1)
+        for low, high, length in ((box[1], box[3], z.shape[1]), (box[0], box[2], z.shape[2]))
+    )
+    seen = z[:, down][:, :, across].numpy()
+    x, y = math.floor(box[0]), math.floor(box[1])
+    inner = (box[0] - x, box[1] - y, min(box[2] - x, seen.shape[2]), min(box[3] - y, seen.shape[1]))
+    lanczos = PIL.Image.Resampling.LANCZOS  # as the training pictures were scaled
+    planes = [np.asarray(PIL.Image.fromarray(plane).resize(size, lanczos, inner)) for plane in seen]
+    return torch.from_numpy(np.stack(planes))
+
+
+def restore_photo(ema: models.UNet, options: dict, file: Path, mask_file: str | None, out: Path) -> None:
+    """NAME-restored.png and NAME-compare.png in `out`, numbered if they exist; known pixels are the
+    photo's, to the bit."""
+    content = data.read_photo(file)
+    pixels, mask = data.to_tensor(content), photo_mask(mask_file, content, options)
     image = pixels.float() / 255
-    restored = torch.where(mask > 0, fill(run, image, mask).mul(255).round().to(torch.uint8), pixels)
+    restored = fill(ema, options, image, mask).mul(255).round().to(torch.uint8)
+    picture = data.to_picture(torch.where(mask > 0, restored, pixels))
     name, n = file.stem, 1
     while any((out / f"{name}-{kind}.png").exists() for kind in ("restored", "compare")):
         n += 1
         name = f"{file.stem}-{n}"
-    picture = data.to_picture(restored)
-    profile = photo.info.get("icc_profile") or b""
-    picture.info["icc_profile"] = profile if profile[16:20] == b"RGB " else None  # the same colours on the same screen
+    profile = content.info.get("icc_profile") or b""
+    picture.info["icc_profile"] = (
+        profile if profile[16:20] == b"RGB " else None
+    )  # the same colours on the same screen
     out.mkdir(parents=True, exist_ok=True)
     data.save(out / f"{name}-restored.png", data.png(picture))
-    parts = {"damaged": data.to_picture(data.damage(image, mask)), "restored": picture} | ({} if mask_file else {"original": photo})
+    parts = {"damaged": data.to_picture(data.damage(image, mask)), "restored": picture}
+    parts |= {} if mask_file else {"original": content}
     data.save(out / f"{name}-compare.png", data.png(data.side_by_side(parts)))
-    print(out / f"{name}-restored.png", out / f"{name}-compare.png")
+    print(out / f"{name}-restored.png", out / f"{name}-compare.png", flush=True)
 
 
-def restore_photos(args: argparse.Namespace) -> None:
-    """All photos of --restore; those that cannot be read are named at the end, and the others restored all the same.
+def restore_photos(given: dict, device: torch.device) -> None:
+    """All photos of --restore; those that fail are named at the end, and the others are restored all the
+    same.
 
-    In folders, what was restored before is passed over.
+    In folders, pictures that this program wrote are passed over.
     """
-    if not args.checkpoint:
+    if "checkpoint" not in given:
         raise InputError("--restore needs --checkpoint: the best.pt of a run folder")
-    run, out, broken = load_painter(args.checkpoint, choose_device(args.device)), Path(args.out or "restored"), []
-    check_writable(out)
-    files = []
-    for path in map(Path, args.restore):
-        if path.is_dir():
-            found = (path / name for name, *_ in data.list_pictures(path))
-            files += [file for file in found if not file.stem.endswith(("-restored", "-compare"))]
-        else:
-            files.append(path)
+    ema, options = load_generator(given["checkpoint"], device)
+    options["precision"] = choose_precision(options["precision"], device)
+    files, failed, out = [], [], Path(given.get("out", "restored"))
+    for path in map(Path, given["restore"]):
+        found = [path / name for name, *_ in data.list_pictures(path)[0]] if path.is_dir() else [path]
+        files += [file for file in found if not path.is_dir() or not written_here(file)]
     if not files:
-        raise InputError(f"{' '.join(args.restore)} holds only what was restored before: name photos, or another folder")
+        raise InputError(
+            f"{' '.join(given['restore'])} holds only what this program wrote: name other photos"
+        )
     for file in files:
         try:
-            restore_photo(run, file, args.mask, out)
-        except InputError as error:
-            broken.append(f"{file}: {error}")
-    if broken:
-        raise InputError(f"{len(files) - len(broken)} of {len(files)} photos are restored; " + "; ".join(broken))
+            restore_photo(ema, options, file, given.get("mask"), out)
+        except BrokenPipeError:
+            raise
+        except (InputError, OSError, RuntimeError, MemoryError) as error:
+            advice = ": try a smaller photo" if reason(error) == MEMORY else ""
+            failed.append(f"{file}: {reason(error) or error}{advice}")
+    if failed:
+        raise InputError(
+            f"{len(files) - len(failed)} of {len(files)} photos are restored; " + "; ".join(failed)
+        )
+
+
+def written_here(file: Path) -> bool:
+    """Whether this program wrote a picture; one that cannot be read is told later, as any other."""
+    with contextlib.suppress(InputError, OSError):
+        return data.is_ours(data.read_file(file))
+    return False
 
 
 # --- The command ----------------------------------------------------------------------------------
 
+TRAINING = {"model", *COMMON, *PRESETS["unet"]}  # the options that decide what is trained
+USES = {  # what each job makes use of
+    "train": TRAINING | {"out"},
+    "resume": TRAINING,
+    "compare": TRAINING - {"model", "act", "loss", "depth", "fake", "hole_weight"} | {"out", "seeds"},
+    "evaluate": {"res", "hole", "data", "val", "precision"},
+    "restore": {"checkpoint", "mask", "out"},
+}
+
+
+def number(kind: type, low: float, high: float):
+    """An argparse type: a whole or real number between two bounds, both included."""
+
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(
+                f"{text!r} will not do: it takes a {what} from {low:,} to {high:,}"
+            )
+        return value
+
+    return read
+
+
+def loss_terms(text: str) -> str:
+    """An argparse type: the text, without its spaces, once it has proved to be a loss."""
+    text = text.replace(" ", "")
+    try:
+        losses.parse_loss(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. What is not given is left out; complete_options then adds the defaults of the
+    tables above."""
+    p = argparse.ArgumentParser(
+        "inpaint.py", description=(__doc__ or "").partition("\n\n")[2], allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    p.error = refuse  # argparse would print the usage first
+    both = {
+        name: " or ".join(f"{PRESETS[model][name]} ({model})" for model in PRESETS)
+        for name in PRESETS["unet"]
+    }
+    # fmt: off
+    jobs = p.add_argument_group("jobs (without one of these: train)")
+    add = jobs.add_mutually_exclusive_group().add_argument
+    add("--resume", metavar="RUN",
+        help="go on with the run in this folder, with its own options; --epochs may grow (3 epochs and then "
+        "3 more end lower than 6 at once: the learning rate has been at 0 between them), and --data may"
+        " say where the same pictures are now")
+    add("--evaluate", metavar="CHECKPOINT",
+        help="measure a best.pt or last.pt on validation pictures; prints JSON")
+    add("--restore", nargs="+", metavar="PHOTO", help="fill the hole of photos, or of all in a folder")
+    add("--compare", action="store_true", help="train all rows of the paper's table 1, and more")
+    add = p.add_argument_group("with these jobs").add_argument
+    add("--checkpoint", help="with --restore: the best.pt of a run")
+    add("--mask",
+        help="with --restore: a picture of the photo's shape, white where it is missing; default: the hole "
+        "of the training")
+    add("--seeds", type=number(int, 1, 100), metavar="K",
+        help="with --compare: train each row K times; default 1")
+    add = p.add_argument_group("what to train").add_argument
+    add("--model", choices=PRESETS,
+        help="the paper's network: decides how weights start, the weight decay, and the defaults of --res, "
+        "--loss, --depth, --width, --limit and --lr; default unet")
+    add("--act", choices=models.ACTIVATIONS, help=f"activation function; default {COMMON['act']}")
+    add("--loss", type=loss_terms, metavar="TERMS",
+        help=f"a sum of {', '.join(losses.TERMS)}, as in 60*l1+adversarial; with adversarial there is a "
+        f"discriminator; default {both['loss']}")
+    add("--hole-weight", type=number(float, 1e-3, 1e6), metavar="X",
+        help=f"l1 and mse count pixels in the hole X times (the paper: 1); default {COMMON['hole_weight']:g}")
+    add("--fake", choices=["restored", "output"],
+        help="what the discriminator is shown as fake: the output pasted into the known picture, or the "
+        f"whole output (the paper); default {COMMON['fake']}")
+    add("--depth", type=number(int, 1, 9), metavar="N",
+        help=f"levels of the U-Net: one more sees further; default {both['depth']}")
+    add("--width", type=number(int, 1, 1024), metavar="N",
+        help="channels of its first level; raise it for 200,000 pictures and a GPU; default "
+        f"{both['width']}")
+    add("--limit", type=number(int, 1, 256), metavar="N",
+        help=f"channels double from level to level, up to N x width; default {both['limit']}")
+    add = p.add_argument_group("data").add_argument
+    add("--data", metavar="PATH",
+        help="a folder of pictures or a .zip, such as CelebA's; default synthetic: 5,000 drawn faces")
+    add("--res", type=int, choices=[32, 64, 128, 256, 512], help=f"side in pixels; default {both['res']}")
+    add("--hole", type=number(float, 1e-6, 1 - 1e-6), metavar="F",
+        help=f"side of the hole as a share of the picture's; default {COMMON['hole']}")
+    add("--hole-at", choices=["center", "random"],
+        help="random: for photos with holes elsewhere; half of the holes are still in the centre; default "
+        f"{COMMON['hole_at']}")
+    add("--val", type=number(float, 1e-6, 1), metavar="F",
+        help=f"share of the pictures, the last by name, that validates; default {COMMON['val']}")
+    add = p.add_argument_group("training").add_argument
+    add("--epochs", type=number(int, 1, 10**6), metavar="N",
+        help=f"times through the training pictures; default {COMMON['epochs']}, 10 with --compare")
+    add("--batch", type=number(int, 1, 10**6), metavar="N",
+        help="pictures a step, for each process; on a GPU raise it, and --lr with it; default "
+        f"{COMMON['batch']}")
+    add("--lr", type=number(float, 1e-12, 10), metavar="X",
+        help=f"highest learning rate of Adam (the discriminator's is {DISCRIMINATOR_RATE}); default "
+        f"{both['lr']}, {DISTANCE_RATE} for a gan with a distance in its loss")
+    add("--seed", type=number(int, 0, 2**31), metavar="N",
+        help=f"of weights and order; default {COMMON['seed']}")
+    add("--precision", choices=["auto", "bfloat16", "float32"],
+        help="of the networks; default auto: bfloat16 where the device is fast at it")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+        help="default auto: a GPU if there is one")
+    add("--out", metavar="DIR",
+        help="folder for what is written; default runs/MODEL-LOSS-ACT-RES, runs/compare or restored")
+    # fmt: on
+    return p
+
+
+def refuse(message: str):
+    """What the parser does with a mistake."""
+    raise InputError(f"{message}; --help lists all options")
+
+
+def flag(name: str) -> str:
+    """hole_at -> --hole-at."""
+    return "--" + name.replace("_", "-")
+
+
+def choose_job(given: dict) -> str:
+    """Which job is asked for; InputError for an option that it does not use."""
+    job = next((name for name in USES if name in given), "train")
+    for name in given:
+        if name not in USES[job] | {job}:
+            place = "in a training" if job == "train" else f"with --{job}"
+            add = "".join(f", or add --{other}" for other in USES if job == "train" and name in USES[other])
+            raise InputError(f"{flag(name)} does nothing {place}: leave it out{add}")
+    return job
+
+
+def complete_options(given: dict, device: torch.device) -> dict:
+    """Every option that decides what is trained: those given, then those of --model, then the common ones."""
+    model = given.get("model", "unet")
+    options = (
+        {"model": model} | COMMON | PRESETS[model] | {name: given[name] for name in TRAINING if name in given}
+    )
+    weights = losses.parse_loss(options["loss"])
+    if "lr" not in given and model == "gan" and set(weights) & set(losses.DISTANCES):
+        options["lr"] = DISTANCE_RATE
+    if "hole_weight" in given and not {"l1", "mse"} & set(weights):
+        raise InputError(
+            f"--hole-weight does nothing with --loss {options['loss']}: only l1 and mse use it, leave it out"
+        )
+    if "fake" in given and "adversarial" not in weights:
+        raise InputError(
+            f"--fake does nothing with --loss {options['loss']}: there is no discriminator, leave it out"
+        )
+    if options["val"] == 1:
+        raise InputError("--val 1 leaves no picture to train on: it is for --evaluate only")
+    check_options(options)
+    precision = choose_precision(options["precision"], device)
+    if options["precision"] == "bfloat16" != precision:
+        raise InputError(
+            f"--precision bfloat16: this PyTorch has none for {device.type}; leave the option out"
+        )
+    return options | {"precision": precision}
+
+
+def check_options(options: dict) -> None:
+    """What one option alone cannot tell; InputError if they do not fit together."""
+    res, side = options["res"], round(options["res"] * options["hole"])
+    if not 1 <= side < res:
+        raise InputError(
+            f"--hole {options['hole']} of --res {res} is {side} pixels wide: it must hide some and leave some"
+        )
+    if 2 ** options["depth"] > res:
+        raise InputError(
+            f"--depth {options['depth']} halves --res {res} below a pixel: at most {int(math.log2(res))} fit"
+        )
+
+
+def resumed_options(given: dict) -> dict:
+    """The options of the run in --resume; --epochs may grow, and --data may say where the pictures are
+    now."""
+    folder = Path(given["resume"])
+    state = read_checkpoint(folder / "last.pt" if folder.is_dir() else folder)
+    if state["version"] != VERSION or "log" not in state or not folder.is_dir():
+        raise InputError(f"--resume {folder}: give the folder of a run that this version began; the best.pt"
+                         " of an older one works with --restore and --evaluate")  # fmt: skip
+    options, free = state["options"], {"data"}
+    if given.get("epochs", 0) > options["epochs"]:
+        free.add("epochs")
+    changes = {name: given[name] for name in TRAINING - free if name in given}
+    refuse_changes(changes, options, f"the run in {folder}")
+    options |= {name: given[name] for name in free if name in given}
+    if options["data"] != "synthetic" and not Path(options["data"]).exists():
+        raise InputError(f"--data {options['data']}, where the run had its pictures, does not exist:"
+                         " say with --data where they are now")  # fmt: skip
+    return options
+
+
+def refuse_changes(given: dict, stored: dict, whose: str) -> None:
+    """InputError that names both values of an option that contradicts a stored run."""
+    for name, value in given.items():
+        if value != stored[name]:
+            raise InputError(f"{flag(name)} {value} contradicts {flag(name)} {stored[name]} of {whose}:"
+                             " leave it out, or start a new run")  # fmt: skip
+
+
+def data_path(text: str) -> str:
+    """--data as a run keeps it: absolute, so that it can go on from anywhere; 'synthetic' means drawn
+    faces."""
+    if text == "synthetic" and not Path(text).exists():
+        return text
+    if text in ("", "synthetic"):
+        raise InputError(f"--data {text!r}: give the path of a folder or zip (./synthetic for that name),"
+                         " or leave it out for drawn faces")  # fmt: skip
+    return os.path.abspath(text)
+
+
+def choose_device(name: str) -> torch.device:
+    """auto, cpu, cuda or mps -> a device that is there; under torchrun each process takes the GPU of its
+    number."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(kind for kind in there if there[kind]) if name == "auto" else name
+    if not there[name]:
+        raise InputError(
+            f"--device {name}: this machine or this build of PyTorch has none; leave the option out"
+        )
+    if name != "cuda":
+        return torch.device(name)
+    index, needed = (
+        (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")) if launched() else (0, 1)
+    )
+    if needed > torch.cuda.device_count():
+        raise InputError(
+            f"{needed} processes for {torch.cuda.device_count()} GPUs: start one process for each GPU"
+        )
+    torch.backends.cudnn.allow_tf32 = (
+        False  # float32 means float32; PyTorch would round convolutions to 10 bits
+    )
+    torch.backends.cudnn.benchmark = True
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """auto, bfloat16 or float32 -> one of the last two: bfloat16 where the device multiplies it faster than
+    float32. Those are GPUs from Ampere on, and CPUs with AMX or AVX512-BF16.
+    """
+    if not torch.amp.is_autocast_available(device.type):
+        return "float32"
+    if wanted != "auto":
+        return wanted
+    tests = [
+        getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    ]
+    fast = device.type == "cpu" and any(test() for test in tests if test)
+    fast = fast or device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" if fast else "float32"
+
+
+def launched() -> bool:
+    """Whether torchrun started this process, as one of several. (RANK alone may be a leftover in the
+    environment.)"""
+    return dist.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
 
 @contextlib.contextmanager
-def processes(device_name: str):
-    """Join the processes that torchrun started, if it did, and leave them at the end."""
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        device = choose_device(device_name)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+def processes(device: torch.device):
+    """Join the processes that torchrun started, if it did, and leave together at the end.
+
+    PyTorch's threads for the group live on while anything holds it, and end the process with an error if
+    they are still there at its exit. DistributedDataParallel holds it, and is held by cycles of its own:
+    collect them first.
+    """
+    if launched():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2)
+        )
     try:
         yield
+        if dist.is_initialized():
+            gc.collect()
+            dist.barrier()  # the first process may still write its last files
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-TRAINED = {"model", "lr", *COMMON, *DEFAULTS["unet"]}  # the options that decide what is trained
-USES = {  # what each job makes use of
-    "train": TRAINED | {"compile", "out", "resume"},
-    "compare": TRAINED - {"model", "act", "loss", "depth"} | {"compare", "compile", "out", "seeds"},
-    "evaluate": {"evaluate", "json", "res", "hole", "data", "val", "precision"},
-    "restore": {"restore", "checkpoint", "mask", "out"},
-}
+def run_job(given: dict) -> None:
+    """Check what was asked for, then do it."""
+    device_name = given.pop("device")
+    job = choose_job(given)
+    if "data" in given:
+        given["data"] = data_path(given["data"])
+    if job in ("evaluate", "restore"):
+        if not launched() or os.environ["RANK"] == "0":  # one process is enough
+            {"evaluate": evaluate, "restore": restore_photos}[job](given, choose_device(device_name))
+        return
+    device = choose_device(device_name)
+    with processes(device):
+        if job == "compare":
+            compare(given, device)
+        else:
+            options = resumed_options(given) if job == "resume" else complete_options(given, device)
+            train_command(options, given, device)
 
 
-def choose_job(args: argparse.Namespace) -> str:
-    """Which of the four is asked for; InputError for two at once, or for an option that would do nothing."""
-    given = [name for name, value in vars(args).items() if name != "device" and value is not None and value is not False]
-    jobs = [name for name in given if name in USES] or ["train"]
-    if len(jobs) > 1:
-        raise InputError(f"--{jobs[0]} and --{jobs[1]} are two jobs: give one of them")
-    job = jobs[0]
-    for name in given:
-        if name not in USES[job]:
-            flag, place = "--" + name.replace("_", "-"), "in a training" if job == "train" else f"with --{job}"
-            add = "".join(f", or add --{other}" for other in USES if job == "train" and name in USES[other])
-            raise InputError(f"{flag} does nothing {place}: leave it out{add}")
-    return job
+MEMORY = "out of memory"
 
 
-def data_path(text: str) -> str:
-    """--data as a run keeps it: absolute, so that it can go on from anywhere; 'synthetic' means the faces that are drawn."""
-    if text == "synthetic" and not Path(text).exists():
-        return text
-    if text in ("", "synthetic"):
-        raise InputError(f"--data {text!r}: give the path of a folder or zip (./synthetic for a folder of that name), or leave it out for faces that are drawn")
-    return os.path.abspath(text)
-
-
-def train_command(args: argparse.Namespace) -> None:
-    """Train a new run, or go on with one."""
-    rank, world = rank_and_world()
-    chosen = [choose_folder(args) if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(chosen)
-    folder, made = chosen[0]
-    args.out = folder  # for the message after Ctrl-C
-    try:
-        options = stored_options(folder, args) if args.resume else training_options(args)
-        if args.hole_weight is not None and not {"l1", "mse"} & set(losses.parse_loss(options["loss"])):
-            raise InputError(f"--hole-weight does nothing with --loss {options['loss']}: it counts in l1 and mse only, leave it out")
-        best = train(options, folder, args.resume, choose_device(args.device), args.compile)
-    except Exception:
-        if rank == 0 and not args.resume and not (folder / "last.pt").exists():  # a mistake leaves nothing behind
-            (folder / "config.json").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                for path in made:
-                    path.rmdir()
-        raise
-    say_line(f"{folder}/grid.png shows the faces; psnr_hole {best['psnr_hole']:.2f}, psnr_output {best['psnr_output']:.2f} dB" if rank == 0 else "")
+def reason(error: Exception) -> str | None:
+    """What went wrong and what to do, for each cause; None for an error that is none of the user's."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError):
+        place = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room" if full else "see whether it is there, and who may read and write it"
+        return f"{place}{error.strerror or error}; {advice} (all that was saved before is intact)"
+    if isinstance(error, MemoryError) or re.search(
+        "out of memory|allocate memory|not enough memory", str(error)
+    ):
+        return MEMORY
+    return None
 
 
 def main(argv: list[str] | None = None) -> None:
     """The program: a mistake of the user ends in one line and exit code 2, Ctrl-C in 130."""
-    args = parser().parse_args(argv)
+    while (
+        os.open(os.devnull, os.O_RDWR) < 2
+    ):  # a stream that the shell closed (2>&-): no file may take its place
+        pass
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have characters that the screen has not
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a file's name may have characters that the screen has not
     try:
-        job = choose_job(args)
-        if args.data is not None:
-            args.data = data_path(args.data)
-        with processes(args.device) if job in ("train", "compare") else contextlib.nullcontext():
-            {"train": train_command, "compare": compare, "evaluate": evaluate, "restore": restore_photos}[job](args)
-    except InputError as error:
-        stop(str(error), 2)
-    except OSError as error:
-        stop(f"cannot read or write ({error}): what was saved before is whole; make room, or see who may read and write there", 2)
+        given = vars(parser().parse_args(argv))
+        run_job(dict(given))
+    except BrokenPipeError:  # the reader of our output has gone (| head): there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (InputError, OSError) as error:
+        stop(reason(error), 2)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|not enough memory", str(error)):
-            stop("out of memory: try a smaller --batch, --width or --res", 2)
-        if args.compile and type(error).__module__.startswith("torch._"):
-            stop(f"--compile failed ({str(error).splitlines()[0]}): leave it out, or install a C++ compiler", 2)
-        raise
+        if not reason(error):
+            raise
+        stop(f"{reason(error)}: try a smaller --batch, --width or --res", 2)
     except KeyboardInterrupt:
-        training = not args.compare and args.out and Path(args.out, "config.json").exists()
-        resume = f"from the last epoch with: python inpaint.py --resume --out {shlex.quote(str(args.out))}"
-        stop("stopped; go on " + (resume if training else "with the same command"), 130)
+        stop("stopped; start again with the same command", 130)
 
 
 def stop(message: str, code: int) -> None:
-    """One line on stderr, and the exit code."""
-    data.progress(None)
-    print("inpaint.py: " + re.sub(r"\s+", " ", message), file=sys.stderr)
+    """One line on stderr, from the first process only, and the exit code."""
+    if not launched() or os.environ["RANK"] == "0":
+        data.say("inpaint.py: " + re.sub(r"\s+", " ", message))
     sys.exit(code)
 
 

@@ -1,7 +1,7 @@
 """Chapter 2, models.py: what paints the hole (paper, sections 2.2, 2.3 and 2.4).
 
 What you learn here: an activation function in one line; a U-Net, which sees the whole face at its bottom and
-keeps every detail by its skips; DCGAN's discriminator; and how a hole is filled with no network at all.
+keeps every detail by its skips; DCGAN's discriminator; and what can be painted with no network at all.
 
 Pictures are float (B, 3, H, W) in [0, 1]; a mask (B or 1, 1, H, W) is 1 in the hole.
 
@@ -16,7 +16,8 @@ from torch import nn
 
 
 class Swish(nn.Module):
-    """f(x) = x * sigmoid(x), any shape (section 2.4, [5]). Like ReLU far from 0, but smooth and with a slope below it."""
+    """f(x) = x * sigmoid(x), any shape (section 2.4, [5]). Like ReLU far from 0, but smooth and with a
+    slope below it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x * sigmoid(x)."""
@@ -28,36 +29,40 @@ ACTIVATIONS = {"relu": nn.ReLU, "swish": Swish}
 # --- The U-Net ------------------------------------------------------------------------------------
 
 
-def channels(depth: int, width: int) -> list[int]:
-    """Channels of each level: width, twice as many at each step down, at most 16 * width."""
-    return [width * min(2**level, 16) for level in range(depth)]
+def channels(depth: int, width: int, limit: int) -> list[int]:
+    """Channels of each level: `width` at the top, twice as many at each step down, at most limit * width."""
+    return [width * min(2**level, limit) for level in range(depth)]
 
 
 class UNet(nn.Module):
-    """The painter (section 2.2, figure 2; figure 3 with fewer levels), here with depth 5 and width 24 at 64 px:
+    """The generator (section 2.2, figure 2; figure 3 with fewer levels), here with depth 5, width 32, limit
+    2, at 64 px:
 
         damaged + mask (B, 4, 64, 64) ────────────── keep ─────────────▶ + ──▶ sigmoid ──▶ (B, 3, 64, 64)
             ▼ down                                                       ▲ paint
-        (B, 24, 32, 32) ───────────────── skip ─────────────▶ (B, 24 + 24, 32, 32)
+        (B, 32, 32, 32) ───────────────── skip ─────────────▶ (B, 32 + 32, 32, 32)
             ▼ down                                                    ▲ up
-        (B, 48, 16, 16) ────────────── skip ───────────▶ (B, 48 + 48, 16, 16)
+        (B, 64, 16, 16) ────────────── skip ───────────▶ (B, 64 + 64, 16, 16)
             ▼ down                                               ▲ up
-        (B, 96, 8, 8) ────────── skip ─────────────▶ (B, 96 + 96, 8, 8)
+        (B, 64, 8, 8) ────────── skip ─────────────▶ (B, 64 + 64, 8, 8)
             ▼ down                                          ▲ up
-        (B, 192, 4, 4) ────── skip ───────────▶ (B, 192 + 192, 4, 4)
+        (B, 64, 4, 4) ─────── skip ───────────▶ (B, 64 + 64, 4, 4)
             ▼ down                                     ▲ up
-        (B, 384, 2, 2) ────────────────────────────────┘
+        (B, 64, 2, 2) ─────────────────────────────────┘
 
-    down = convolution 4 x 4, stride 2, batch norm, activation; up = the same, transposed; where a skip arrives, what came
-    up and what was kept stand side by side. The bottom sees the whole face (of 64 rows and columns all but one), the skips
-    keep every detail. Two things are not the paper's. The mask is a fourth channel: a white hole on a white wall could not
-    be told apart otherwise. `keep`, one small convolution, lets the known pixels through to the last layer. Batch norm is
-    left out at the first level, where it would wash out the colours, and at the bottom, which has too few values for it.
+    down = convolution 4 x 4 with stride 2, batch norm, activation; up = the same, transposed. Where a skip
+    arrives, what came up and what was kept stand side by side (concatenated). The bottom sees all but one
+    of the 64 rows and columns; the skips keep every detail.
+
+    Two things are not in the paper. The mask is a fourth channel: without it, nothing tells a white hole
+    from a white wall. `keep`, one small convolution, leads the known pixels straight to the last layer.
+    Batch norm is left out at the first level, where it would wash out the colours, and at the bottom, which
+    has too few values for it.
     """
 
-    def __init__(self, depth: int, width: int, act: str):
+    def __init__(self, depth: int, width: int, act: str, limit: int = 2):
         super().__init__()
-        levels = channels(depth, width)
+        levels = channels(depth, width, limit)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, (fan_in, out) in enumerate(zip([4] + levels, levels)):
             self.down.append(self._step(nn.Conv2d, fan_in, out, act, norm=0 < level < depth - 1))
@@ -74,9 +79,11 @@ class UNet(nn.Module):
         return nn.Sequential(*layers, *([nn.BatchNorm2d(out)] if norm else []), ACTIVATIONS[act]())
 
     def start_by_keeping(self) -> None:
-        """Let `keep` begin as sigmoid(5 (x - 1/2)), nearly x: the network starts from the damaged picture, not from grey.
+        """Let `keep` begin as sigmoid(5 (x - 1/2)), nearly x, so that the first output is nearly the
+        damaged picture.
 
-        It need not learn to copy, only to fill. A GAN that starts from grey fog is seen through at once (README, The GAN).
+        The network then has to learn to fill, and not to copy. A GAN that starts from grey is seen through
+        at once.
         """
         with torch.no_grad():
             self.keep.weight.zero_()
@@ -85,13 +92,14 @@ class UNet(nn.Module):
             self.keep.bias.fill_(-2.5)
 
     def forward(self, damaged: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """damaged (B, 3, H, W) and mask (B or 1, 1, H, W) -> the whole picture, float32 (B, 3, H, W) in [0, 1]."""
+        """damaged (B, 3, H, W) and mask (B or 1, 1, H, W) -> the whole picture, float32 (B, 3, H, W) in [0,
+        1]."""
         x = seen = torch.cat([damaged, mask.expand(len(damaged), 1, *damaged.shape[2:])], 1)
         skips = []
         for down in self.down:
-            x = down(x)  # level k: (B, width * min(2^k, 16), H / 2^(k + 1), W / 2^(k + 1))
+            x = down(x)  # level k: (B, width * min(2^k, limit), H / 2^(k + 1), W / 2^(k + 1))
             skips.append(x)
-        skips.pop()  # the bottom is where we are
+        skips.pop()  # x is the bottom itself
         for up in self.up:
             x = torch.cat([up(x), skips.pop()], 1)
         return torch.sigmoid((self.paint(x) + self.keep(seen)).float())
@@ -101,17 +109,18 @@ class UNet(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """The judge: DCGAN's discriminator (section 2.3, [4]). At 64 px and width 64:
+    """DCGAN's discriminator (section 2.3, [4]). At 64 px and width 24:
 
-        picture (B, 3, 64, 64) ─▶ (B, 64, 32, 32) ─▶ (B, 128, 16, 16) ─▶ (B, 256, 8, 8) ─▶ (B, 512, 4, 4) ─▶ logit (B,)
+        (B, 3, 64, 64) ─▶ (B, 24, 32, 32) ─▶ (B, 48, 16, 16) ─▶ (B, 96, 8, 8) ─▶ (B, 192, 4, 4) ─▶ (B,)
 
-    log2(res) - 2 convolutions 4 x 4, stride 2, with batch norm (but for the first) and leaky ReLU 0.2, then one over
-    the remaining 4 x 4. It sees a whole picture and nothing else; sigmoid(logit) = D(x) is how real it looks.
+    log2(res) - 2 convolutions 4 x 4 with stride 2, batch norm (not at the first) and leaky ReLU 0.2, then
+    one over the remaining 4 x 4. It sees a whole picture and nothing else: it is not told where the hole
+    is, nor what was in it. sigmoid(logit) = D(picture) is how real it looks.
     """
 
     def __init__(self, res: int, width: int):
         super().__init__()
-        levels, layers = channels(res.bit_length() - 3, width), []
+        levels, layers = channels(res.bit_length() - 3, width, 16), []
         for level, (fan_in, out) in enumerate(zip([3] + levels, levels)):
             layers.append(nn.Conv2d(fan_in, out, 4, stride=2, padding=1, bias=level == 0))
             layers += [nn.BatchNorm2d(out)] if level else []
@@ -119,7 +128,8 @@ class Discriminator(nn.Module):
         self.judge = nn.Sequential(*layers, nn.Conv2d(levels[-1], 1, 4))
 
     def forward(self, picture: torch.Tensor) -> torch.Tensor:
-        """(B, 3, res, res) in [0, 1] -> logits, float32 (B,). DCGAN's pictures run from -1 to 1, so they are stretched."""
+        """(B, 3, res, res) in [0, 1] -> logits, float32 (B,). DCGAN's pictures run from -1 to 1, so they
+        are stretched."""
         return self.judge(picture * 2 - 1).flatten().float()
 
 
@@ -132,43 +142,53 @@ def dcgan_init(network: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-# --- With no network: diffusion, and memory -------------------------------------------------------
+# --- With no network: diffusion, the mean, and memory ---------------------------------------------
 
 
-def _laplacian(x: torch.Tensor) -> torch.Tensor:
+def laplacian(x: torch.Tensor) -> torch.Tensor:
     """4 x - (the four neighbours), where a neighbour outside the picture equals the pixel itself."""
     p = F.pad(x, (1, 1, 1, 1), mode="replicate")
     return 4 * x - p[..., :-2, 1:-1] - p[..., 2:, 1:-1] - p[..., 1:-1, :-2] - p[..., 1:-1, 2:]
 
 
-def harmonic(image: torch.Tensor, mask: torch.Tensor, rounds: int = 40) -> torch.Tensor:
-    """Fill the hole so that each of its pixels is the mean of its four neighbours: Laplace's equation with the rim given.
+def harmonic(damaged: torch.Tensor, mask: torch.Tensor, rounds: int = 40) -> torch.Tensor:
+    """Fill the hole so that each of its pixels is the mean of its four neighbours: Laplace's equation with
+    the rim given.
 
-    image (B, C, H, W), any range; mask (B or 1, 1, H, W), 1 in the hole; the same shape back, known pixels untouched.
-    It is the steady state of heat that flows in from the rim, the simplest of the models that the paper cites [7].
-    A guess comes from the same problem at half the size; conjugate gradients then solve the rest.
+    damaged (B, C, H, W), any range; mask (B or 1, 1, H, W), 1 in the hole; the same shape back, known
+    pixels untouched. It is the final state of heat that flows in from the rim, the simplest of the models
+    that the paper cites [7]. A first guess comes from the same problem at half the size. Conjugate
+    gradients (Hestenes and Stiefel 1952) improve it: x is the filling, r what is not yet in balance, p the
+    direction of the step, alpha its length.
     """
-    mask = mask.expand(len(image), 1, *image.shape[2:])
+    mask = mask.expand(len(damaged), 1, *damaged.shape[2:])
     if not mask.any():
-        return image
-    known = 1 - mask
-    half = [(side + 1) // 2 for side in image.shape[2:]]
-    if max(half) > 1:
-        share = F.interpolate(known, half, mode="area")
-        small = F.interpolate(image * known, half, mode="area") / share.clamp(min=1e-6)
-        guess = F.interpolate(harmonic(small, (share == 0).to(image), rounds), image.shape[2:], mode="bilinear")
-    else:
-        guess = ((image * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True).clamp(min=1)).expand_as(image)
-    filled = torch.where(mask > 0, guess, image)
-    rest = -_laplacian(filled) * mask  # what is not yet in balance
-    step, size = rest, rest.square().sum((2, 3), keepdim=True)
+        return damaged
+    x = torch.where(mask > 0, first_guess(damaged, mask, rounds), damaged)
+    r = p = -laplacian(x) * mask
+    size = r.square().sum((2, 3), keepdim=True)
     for _ in range(rounds):
-        pull = _laplacian(step) * mask
-        length = size / (step * pull).sum((2, 3), keepdim=True).clamp(min=1e-20)
-        filled, rest = filled + length * step, rest - length * pull
-        size, before = rest.square().sum((2, 3), keepdim=True), size
-        step = rest + size / before.clamp(min=1e-20) * step
-    return filled
+        pull = laplacian(p) * mask
+        alpha = size / (p * pull).sum((2, 3), keepdim=True).clamp(min=1e-20)
+        x, r = x + alpha * p, r - alpha * pull
+        size, before = r.square().sum((2, 3), keepdim=True), size
+        beta = size / before.clamp(min=1e-20)
+        p = r + beta * p
+    return x
+
+
+def first_guess(damaged: torch.Tensor, mask: torch.Tensor, rounds: int) -> torch.Tensor:
+    """The filling of the picture at half the size, enlarged; a picture of one pixel is filled by its known
+    mean."""
+    known = 1 - mask
+    half = [(side + 1) // 2 for side in damaged.shape[2:]]
+    if max(half) == 1:
+        mean = (damaged * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True).clamp(min=1)
+        return mean.expand_as(damaged)
+    share = F.interpolate(known, half, mode="area")
+    small = F.interpolate(damaged * known, half, mode="area") / share.clamp(min=1e-6)
+    filled = harmonic(small, (share == 0).to(damaged), rounds)
+    return F.interpolate(filled, damaged.shape[2:], mode="bilinear")
 
 
 def mean_face(training: torch.Tensor) -> torch.Tensor:
@@ -177,19 +197,33 @@ def mean_face(training: torch.Tensor) -> torch.Tensor:
     return (total / len(training) / 255).float()
 
 
-def nearest_face(image: torch.Tensor, mask: torch.Tensor, training: torch.Tensor, part: int = 512) -> torch.Tensor:
-    """For each image (B, 3, H, W) the training picture whose known pixels are nearest, whole: the paper's "memory" (section 4).
+def nearest_face(
+    damaged: torch.Tensor, mask: torch.Tensor, training: torch.Tensor, part: int = 512
+) -> torch.Tensor:
+    """For each of (B, 3, H, W) the training picture with the nearest known pixels: the paper's "memory"
+    (section 4).
 
-    mask (1, 1, H, W); training uint8 (N, 3, H, W), taken a part at a time. |a - b|^2 = |a|^2 - 2 a b + |b|^2, and
-    |a|^2 is the same for all b.
+    mask (1, 1, H, W); training uint8 (N, 3, H, W), taken a part at a time. |a - b|^2 = |a|^2 - 2 a b +
+    |b|^2, and |a|^2 is the same for all b.
     """
-    known = (mask[0] == 0).expand(image.shape[1:]).flatten()
-    ours = image.flatten(1)[:, known]  # (B, known values)
+    known = (mask[0] == 0).expand(damaged.shape[1:]).flatten()
+    ours = damaged.flatten(1)[:, known]  # (B, known values)
     best, found = [], []
     for theirs in training.split(part):
-        theirs = theirs.to(image.device).flatten(1)[:, known].float() / 255
+        theirs = theirs.to(damaged.device).flatten(1)[:, known].float() / 255
         distance, place = (theirs.square().sum(1) - 2 * ours @ theirs.T).min(1)
         best.append(distance)
         found.append(place + part * len(found))
     chosen = torch.stack(found).gather(0, torch.stack(best).argmin(0, keepdim=True))[0]
-    return training[chosen.to(training.device)].to(image.device).float() / 255
+    return training[chosen.to(training.device)].to(damaged.device).float() / 255
+
+
+def without_training(training: torch.Tensor, mask: torch.Tensor) -> dict:
+    """{name: function from damaged to output, (B, 3, H, W) both}: what a network has to beat."""
+    mean = mean_face(training).to(mask.device)
+    return {
+        "white hole": lambda damaged: damaged,
+        "harmonic diffusion": lambda damaged: harmonic(damaged, mask),
+        "mean face": lambda damaged: mean.expand_as(damaged),
+        "nearest face": lambda damaged: nearest_face(damaged, mask, training),
+    }
