@@ -849,15 +849,15 @@ def fill(ema: models.UNet, options: dict, photo: torch.Tensor, mask: torch.Tenso
     pixels. That difference is carried on into the hole by Laplace's equation and added, so no step is left.
     """
     res, (first, side), known = options["res"], hole_of(options), 1 - mask
-    (top, left), (bottom, right) = (corner.tolist() for corner in mask[0].nonzero().aminmax(dim=0))
-    bottom, right = bottom + 1, right + 1
+    seen = photo * known
+    rows, columns = mask[0].any(1).nonzero(), mask[0].any(0).nonzero()
+    top, bottom, left, right = (int(end) for end in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
     scale = max(bottom - top, right - left) / side  # pixels of the photo for one of the network's
     y0, x0 = ((low + high) / 2 - (first + side / 2) * scale for low, high in ((top, bottom), (left, right)))
     square = (x0, y0, x0 + res * scale, y0 + res * scale)
-    share = crop_resize(
-        known, square, (res, res)
-    )  # how much of each small pixel is known: only that gives its colour
-    image = crop_resize(photo * known, square, (res, res)) / share.clamp(min=1e-6)
+    # How much of each small pixel is known: only that gives its colour.
+    share = crop_resize(known, square, (res, res))
+    image = crop_resize(seen, square, (res, res)) / share.clamp(min=1e-6)
     random = options["hole_at"] == "random"  # such a network has learnt to use its mask
     hole = (share < 0.5).float()[None] if random else data.center_hole(res, options["hole"])
     damaged, device = data.damage(image[None].clamp(0, 1), hole), next(ema.parameters()).device
@@ -870,7 +870,7 @@ def fill(ema: models.UNet, options: dict, photo: torch.Tensor, mask: torch.Tenso
     here = (slice(None), slice(top, bottom), slice(left, right))
     difference = (photo[here] - painted) * known[here]
     joined = (painted + models.harmonic(difference[None], mask[here][None])[0]).clamp(0, 1)
-    if torch.equal((photo * known).amin(0), (photo * known).amax(0)):  # a grey photo stays grey
+    if torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]):  # a grey photo stays grey
         joined = joined.mean(0, keepdim=True).expand_as(joined)
     restored = photo.clone()
     restored[here] = data.paste(joined, photo[here], mask[here])
@@ -882,15 +882,14 @@ def crop_resize(z: torch.Tensor, box: tuple, size: tuple[int, int]) -> torch.Ten
 
     The box may leave the picture: beyond its border, the border is repeated.
     """
-    down, across = (
-        torch.arange(math.floor(low), math.ceil(high)).clamp(0, length - 1)
-        for low, high, length in ((box[1], box[3], z.shape[1]), (box[0], box[2], z.shape[2]))
-    )
-    seen = z[:, down][:, :, across].numpy()
-    x, y = math.floor(box[0]), math.floor(box[1])
-    inner = (box[0] - x, box[1] - y, min(box[2] - x, seen.shape[2]), min(box[3] - y, seen.shape[1]))
+    (_, height, width), (x, y) = z.shape, (math.floor(box[0]), math.floor(box[1]))
+    right, bottom = math.ceil(box[2]), math.ceil(box[3])
+    inside = z[:, max(y, 0) : bottom, max(x, 0) : right]
+    beyond = (max(-x, 0), max(right - width, 0), max(-y, 0), max(bottom - height, 0))
+    seen = torch.nn.functional.pad(inside, beyond, mode="replicate").numpy()
+    inner = (box[0] - x, box[1] - y, min(box[2] - x, right - x), min(box[3] - y, bottom - y))
     lanczos = PIL.Image.Resampling.LANCZOS  # as the training pictures were scaled
-    planes = [np.asarray(PIL.Image.fromarray(plane).resize(size, lanczos, inner)) for plane in seen]
+    planes = [np.asarray(PIL.Image.fromarray(plane).resize(size, lanczos, inner, 3.0)) for plane in seen]
     return torch.from_numpy(np.stack(planes))
 
 
