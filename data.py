@@ -761,11 +761,11 @@ def chart(
 
     pen.text((left, 6), title, "black", ImageFont.load_default(15))
     pen.text(((left + right) / 2, height - 4), x_title, "#555555", font, "mb")
-    for tick in range(5):
-        x, y = x0 + (x1 - x0) * tick / 4, y0 + (y1 - y0) * tick / 4
+    for y in ticks(y0, y1):
         pen.line((*place(x0, y), *place(x1, y)), "#dddddd")
-        pen.text((left - 6, place(x0, y)[1]), f"{y:.4g}", "#555555", font, "rm")
-        pen.text((place(x, y0)[0], bottom + 6), f"{x:.4g}", "#555555", font, "mt")
+        pen.text((left - 6, place(x0, y)[1]), f"{y:.6g}", "#555555", font, "rm")
+    for x in ticks(x0, x1):
+        pen.text((place(x, y0)[0], bottom + 6), f"{x:.6g}", "#555555", font, "mt")
     taken = -math.inf
     for k, (name, points) in enumerate(sorted(series.items(), key=lambda item: -item[1][-1][1])):
         colour, spots = COLOURS[k % len(COLOURS)], [place(*point) for point in points]
@@ -784,3 +784,10 @@ def axis(values: tuple) -> tuple[float, float]:
     low, high = min(values), max(values)
     pad = 0.05 * (high - low) or 0.5
     return low - pad, high + pad
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round values between two ends: multiples of 1, 2 or 5 times a power of ten, four or so."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 2))
+    step = next(power * k for k in (5, 2, 1, 0.5, 0.2) if (high - low) / (power * k) >= 3)
+    return [round(k * step, 10) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
