@@ -46,7 +46,7 @@ import losses
 import models
 from data import InputError
 
-# The paper's two networks, and what both have in common: every default of the command line stands here.
+# The paper's two networks, and what both have in common: every default of a training stands here.
 PRESETS = {
     "unet": {"res": 128, "loss": "l1", "depth": 5, "width": 32, "limit": 2, "lr": 3e-3},
     "gan": {"res": 64, "loss": "adversarial+10*known", "depth": 4, "width": 24, "limit": 16, "lr": 2e-4},
@@ -55,12 +55,10 @@ COMMON = {
     "act": "relu", "hole_weight": 10.0, "fake": "restored", "batch": 16, "epochs": 12, "seed": 0,
     "data": "synthetic", "hole": 0.3, "hole_at": "center", "val": 0.2, "precision": "auto",
 }  # fmt: skip
-DISTANCE_RATE = (
-    5e-4  # of a GAN whose loss has a distance too: that leads the generator, so it can learn faster
-)
+DISTANCE_RATE = 5e-4  # of a GAN with a distance in its loss: the distance guides it, so it may learn faster
 DISCRIMINATOR_RATE = 2e-4  # DCGAN's; a discriminator that learns faster wins before the generator can paint
-WEIGHT_DECAY = 0.05  # of the U-Net: a little against learning the training faces by heart
-SMOOTH = 0.1  # real pictures are to be judged 0.9 real: keeps the discriminator from certainty
+WEIGHT_DECAY = 0.05  # of the U-Net: a little against overfitting
+SMOOTH = 0.1  # the target for real pictures is 0.9, so that the discriminator is never certain
 
 # --- What is trained, and the step ----------------------------------------------------------------
 
@@ -68,17 +66,14 @@ SMOOTH = 0.1  # real pictures are to be judged 0.9 real: keeps the discriminator
 class Run:
     """Everything that changes while a run trains: the networks, the averaged generator, optimisers, counters.
 
-    The weights are a function of the seed alone. `--model` decides how they start (PyTorch's way or
-    DCGAN's) and the weight decay; the loss decides whether there is a discriminator. `ema` is the averaged
-    generator.
+    The seed alone decides the first weights. `--model` decides how they are drawn (PyTorch's way or DCGAN's)
+    and the weight decay; the loss decides whether there is a discriminator. `ema` is the averaged generator.
     """
 
     def __init__(self, options: dict, device: torch.device):
         self.options, self.device, self.step, self.epoch = options, device, 0, 0
-        self.log, self.checksums = (
-            [],
-            None,
-        )  # a row for each epoch; what tells the training pictures from others
+        self.log = []  # a row for each epoch
+        self.checksums = None  # of the pictures, to know them again
         self.weights = losses.parse_loss(options["loss"])
         torch.manual_seed(options["seed"])
         self.generator, self.discriminator = self.start(build_generator(options)), None
@@ -88,9 +83,9 @@ class Run:
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         networks = {"generator": self.generator, "discriminator": self.discriminator}
         self.networks = {name: network for name, network in networks.items() if network}
-        how = {"betas": (0.5, 0.999), "weight_decay": WEIGHT_DECAY if options["model"] == "unet" else 0.0}
+        adam = {"betas": (0.5, 0.999), "weight_decay": WEIGHT_DECAY if options["model"] == "unet" else 0.0}
         self.optimizers = {
-            name: torch.optim.AdamW(network.parameters(), **how, fused=device.type != "mps")
+            name: torch.optim.AdamW(network.parameters(), **adam, fused=device.type != "mps")
             for name, network in self.networks.items()
         }
 
@@ -99,19 +94,6 @@ class Run:
         if self.options["model"] == "gan":
             models.dcgan_init(network)
         return network.to(self.device, memory_format=torch.channels_last)
-
-
-def build_generator(options: dict) -> models.UNet:
-    """The U-Net of these options, with fresh weights."""
-    return models.UNet(options["depth"], options["width"], options["act"], options["limit"])
-
-
-def autocast(device: torch.device, precision: str):
-    """A context in which networks run in bfloat16, if that is the precision. Losses and metrics stay
-    outside."""
-    if precision == "bfloat16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -123,21 +105,17 @@ def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 
 @torch.no_grad()
 def update_ema(ema: torch.nn.Module, network: torch.nn.Module, step: int) -> None:
-    """ema <- decay * ema + (1 - decay) * network, batch norm's statistics too; decay = min(0.999, (n + 1) /
-    (n + 10)).
+    """ema <- d * ema + (1 - d) * network, batch norm's statistics too; d = min(0.999, (n + 1) / (n + 10)).
 
     A mean over about the last ninth of all steps, 1,000 at most. It does what a lower learning rate would do.
     """
     pairs = zip(ema.state_dict().values(), network.state_dict().values())
     averages, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
-    torch._foreach_lerp_(
-        averages, current, 1 - min(0.999, (step + 1) / (step + 10))
-    )  # one call, as torch's own
+    torch._foreach_lerp_(averages, current, 1 - min(0.999, (step + 1) / (step + 10)))  # all in one call
 
 
 def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Damage, paint, judge, update: one batch image (B, 3, H, W) with its holes (B, 1, H, W) -> what is
-    logged.
+    """Damage, paint, judge, update: image (B, 3, H, W) with its holes, mask (B, 1, H, W) -> what is logged.
 
     Nothing here waits for the device: the numbers are tensors until somebody reads them.
     """
@@ -191,8 +169,7 @@ def unwrap(network: torch.nn.Module) -> torch.nn.Module:
 
 
 def average_buffers(run: Run) -> None:
-    """Batch norm's statistics are each process's own during an epoch; before validation they become their
-    mean."""
+    """Make batch norm's statistics, each process's own during an epoch, the mean of all processes."""
     _, world = rank_and_world()
     for network in (*run.networks.values(), run.ema) if world > 1 else ():
         for buffer in network.buffers():
@@ -220,11 +197,8 @@ def in_first_process(work):
 # --- An epoch -------------------------------------------------------------------------------------
 
 
-def draw_epoch(
-    options: dict, epoch: int, count: int, take: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The random choices of one epoch, a function of seed, epoch and process alone: order, mirrored or not,
-    holes.
+def draw_epoch(options: dict, epoch: int, count: int, take: int) -> tuple[torch.Tensor, ...]:
+    """The random choices of one epoch: order, mirrored or not, holes. Seed, epoch and process decide them.
 
     The same shuffled order in all processes, from which each takes its own pictures, `take` of them.
     """
@@ -241,8 +215,7 @@ def draw_epoch(
 def learning_rate(highest: float, step: int, total: int) -> float:
     """Rises in a straight line to `highest` over the first tenth of all steps, then falls in one to 0.
 
-    The rise spares fresh weights the largest steps; at the end the steps only polish (section 2.5:
-    convergence).
+    Fresh weights get small steps first. At the end, small steps let the run converge (section 2.5).
     """
     return highest * min(1, (step + 1) / max(1, 0.1 * total), (total - step) / (0.9 * total))
 
@@ -293,6 +266,13 @@ def check_finite(run: Run, sums: dict[str, torch.Tensor]) -> None:
                              " or --precision float32")  # fmt: skip
 
 
+def autocast(device: torch.device, precision: str):
+    """A context in which networks run in bfloat16, if that is the precision. Losses stay outside."""
+    if precision == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
 @torch.no_grad()
 def run_ema(ema: models.UNet, damaged: torch.Tensor, mask: torch.Tensor, options: dict) -> torch.Tensor:
     """What the averaged generator, in evaluation mode, paints for damaged pictures (B, 3, H, W)."""
@@ -305,8 +285,7 @@ FIGURES = (*losses.METRICS, *REALISM)
 
 
 def validate(painter, pixels: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
-    """All FIGURES over a validation set, uint8 (N, 3, res, res): means of per-picture values, and two of
-    realism.
+    """All FIGURES over a validation set, uint8 (N, 3, res, res): means over pictures, and two of realism.
 
     `painter(damaged)` -> output (B, 3, res, res): a network, or a method without one. Both measures of
     realism look at the first pictures only, 800 of them at 64 px.
@@ -358,9 +337,7 @@ def load_data(options: dict) -> tuple[torch.Tensor, torch.Tensor]:
 def new_folder(out: str | None, options: dict) -> Path:
     """Make the folder of a new run: --out, or runs/MODEL-LOSS-ACT-RES with a number that no other run has."""
     if out and (Path(out) / "best.pt").exists():
-        raise InputError(
-            f"--out {out} already holds a run: go on with --resume {out}, or name another folder"
-        )
+        raise InputError(f"--out {out} already holds a run: go on with --resume {out}, or name another")
     if out:
         try:
             Path(out).mkdir(parents=True, exist_ok=True)
@@ -384,12 +361,8 @@ def save_checkpoint(path: Path, run: Run, everything: bool) -> None:
     state = {"kind": KIND, "version": VERSION, "options": run.options, "epoch": run.epoch}
     state["ema"] = run.ema.state_dict()
     if everything:
-        state |= {
-            "step": run.step,
-            "log": run.log,
-            "checksums": run.checksums,
-            "processes": rank_and_world()[1],
-        }
+        state |= {"step": run.step, "log": run.log, "checksums": run.checksums}
+        state["processes"] = rank_and_world()[1]
         state |= {name: network.state_dict() for name, network in run.networks.items()}
         state |= {"optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}}
     stream = io.BytesIO()
@@ -398,8 +371,7 @@ def save_checkpoint(path: Path, run: Run, everything: bool) -> None:
 
 
 def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
-    """The dictionary of a checkpoint whose options are sound; InputError for any other file. Runs no code
-    from it."""
+    """The dictionary of a checkpoint with valid options; InputError for any other file. It runs no code."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -435,6 +407,11 @@ def sound_options(path: str | Path, stored: dict) -> dict:
     return options
 
 
+def build_generator(options: dict) -> models.UNet:
+    """The U-Net of these options, with fresh weights."""
+    return models.UNet(options["depth"], options["width"], options["act"], options["limit"])
+
+
 def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[models.UNet, dict]:
     """(the averaged generator, ready to paint; the options of its run) from a best.pt or last.pt."""
     state = read_checkpoint(path, device)
@@ -448,8 +425,7 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tupl
 
 
 def open_run(folder: Path, options: dict, device: torch.device, checksums: torch.Tensor) -> Run:
-    """The run in a folder as its last.pt has it, with these options; InputError if the pictures are
-    others."""
+    """The run in a folder as its last.pt has it, with these options; InputError for other pictures."""
     run, (_, world) = Run(options, device), rank_and_world()
     state = read_checkpoint(folder / "last.pt", device)
     try:
@@ -483,8 +459,7 @@ def describe(run: Run) -> dict:
     on_gpu, versions = run.device.type == "cuda", {"torch": torch, "numpy": np, "pillow": PIL}
     return {
         "options": run.options,
-        "versions": {"python": platform.python_version()}
-        | {name: v.__version__ for name, v in versions.items()},
+        "versions": {"python": platform.python_version()} | {k: v.__version__ for k, v in versions.items()},
         "device": torch.cuda.get_device_name() if on_gpu else f"{run.device.type} {platform.machine()}",
         "processes": rank_and_world()[1],
         "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in run.networks.items()},
@@ -546,16 +521,14 @@ def best_row(run: Run) -> dict:
 
 
 def finish_epoch(run: Run, folder: Path, row: dict, validation: torch.Tensor, mask: torch.Tensor) -> None:
-    """Validate and write, in the first process. last.pt comes last: after a kill, all before it is made
-    again."""
+    """Validate and write, in the first process. last.pt comes last: a resume writes all before it again."""
     row |= validate(functools.partial(run_ema, run.ema, mask=mask, options=run.options), validation, mask)
     run.log.append(row)
     best = best_row(run) is row
     if best:
         save_checkpoint(folder / "best.pt", run, everything=False)
-        data.save(
-            folder / "results.json", to_json({name: row[name] for name in (*FIGURES, "pictures", "epoch")})
-        )
+        result = {name: row[name] for name in (*FIGURES, "pictures", "epoch")}
+        data.save(folder / "results.json", to_json(result))
     write_pictures(folder, run, validation, mask, best)
     write_log(folder, run)
     if run.epoch == run.options["epochs"]:
@@ -576,9 +549,8 @@ def train(run: Run, folder: Path, parts: tuple[torch.Tensor, torch.Tensor]) -> N
     (training, validation), options, (rank, world) = parts, run.options, rank_and_world()
     mask = data.center_hole(options["res"], options["hole"]).to(run.device)
     if run.epoch < options["epochs"] and rank == 0:
-        save_checkpoint(
-            folder / "last.pt", run, everything=True
-        )  # so that even the first epoch can be resumed
+        # Before the first step, so that even the first epoch can be resumed.
+        save_checkpoint(folder / "last.pt", run, everything=True)
         data.save(folder / "config.json", to_json(describe(run)))
         if run.epoch == 0:
             write_pictures(folder, run, validation, mask, best=True)
@@ -593,13 +565,8 @@ def train(run: Run, folder: Path, parts: tuple[torch.Tensor, torch.Tensor]) -> N
         run.epoch += 1
         if rank == 0:
             past, speed = run.log[-1]["seconds"] if run.log else 0, len(training) / seconds
-            row = {
-                "epoch": run.epoch,
-                "step": run.step,
-                "seconds": past + seconds,
-                "images_per_second": speed,
-            }
-            finish_epoch(run, folder, row | means, validation, mask)
+            row = {"epoch": run.epoch, "step": run.step, "seconds": past + seconds}
+            finish_epoch(run, folder, row | {"images_per_second": speed} | means, validation, mask)
         if world > 1:
             dist.barrier()
 
@@ -622,10 +589,8 @@ def train_command(options: dict, given: dict, device: torch.device) -> None:
     try:
         train(run, folder, parts)
     except KeyboardInterrupt:
-        stop(
-            f"stopped; go on from the last epoch with: python inpaint.py --resume {shlex.quote(str(folder))}",
-            130,
-        )
+        resume = f"python inpaint.py --resume {shlex.quote(str(folder))}"
+        stop(f"stopped; go on from the last epoch with: {resume}", 130)
     if rank == 0:
         best = best_row(run)
         psnrs = f"psnr_hole {best['psnr_hole']:.2f}, psnr_output {best['psnr_output']:.2f} dB"
@@ -642,8 +607,7 @@ def say(line: str) -> None:
 
 
 def evaluate(given: dict, device: torch.device) -> None:
-    """Print the figures of a checkpoint as JSON; resolution, hole, data and split are its run's unless
-    given."""
+    """Print the figures of a checkpoint as JSON; resolution, hole, data and split are those of its run."""
     ema, options = load_generator(given["evaluate"], device)
     options |= given
     check_options(options)
@@ -678,8 +642,7 @@ COLUMNS = ["network", "loss", "activation", "parameters", "minutes", *FIGURES, "
 
 
 def compare(given: dict, device: torch.device) -> None:
-    """Train every row that is not finished; write table.md, table.csv, tradeoff.png, comparison.png in
-    --out."""
+    """Train the rows that are not finished; write table.md, table.csv, tradeoff.png and comparison.png."""
     out, first, seeds = Path(given.get("out", "runs/compare")), given.get("seed", 0), given.get("seeds", 1)
     wanted = [(name, {"res": 64, "epochs": 10} | row | given, paper) for name, row, paper in ROWS]
     wanted = [(name, row, paper) for name, row, paper in wanted if 2 ** row.get("depth", 1) <= row["res"]]
