@@ -90,9 +90,8 @@ PICTURES = (
 )  # fmt: skip
 LARGEST_FILE = 1 << 28  # a picture file of more than 256 MB is a mistake or an attack
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow warns, open_photo refuses
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = (
-    LARGEST_FILE  # a long comment costs no picture
-)
+# A long comment costs no picture.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = LARGEST_FILE
 SIGNATURE = "inpaint.py"  # stands in every picture that this program writes: its outputs are never its data
 
 
@@ -304,9 +303,8 @@ def decode_all(path: Path, found: list[tuple], res: int):
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", DeprecationWarning
-            )  # Python 3.12 warns of fork beside torch's threads
+            # Python 3.12 warns of fork beside torch's threads.
+            warnings.simplefilter("ignore", DeprecationWarning)
             parts = start(workers if workers > 1 else 0)
     except OSError:  # this host starts no more processes
         parts = start(0)
@@ -346,9 +344,7 @@ def load_images(path: str | Path, res: int, cache: str | Path = "cache") -> torc
             loaded = read_cache(file)
         except OSError as error:
             say(f"warning: no cache can be kept in {file.parent} ({error}): reading for this run only")
-            with tempfile.TemporaryDirectory(
-                ignore_cleanup_errors=True
-            ) as folder:  # a mapping outlives its file
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # its mapping outlives it
                 fill_cache(Path(folder, "cache.npy"), path, found, res)
                 loaded = read_cache(Path(folder, "cache.npy"))
     images, left_out = loaded
@@ -580,9 +576,8 @@ def synthetic_faces(n: int, res: int, seed: int = 0) -> torch.Tensor:
     """
     numbers = torch.rand(n, 64, generator=torch.Generator().manual_seed(seed))
     faces = torch.empty(n, 3, res, res, dtype=torch.uint8)
-    for part in torch.arange(n).split(
-        max(1, (1 << 18) // res**2)
-    ):  # parts that stay in the processor's cache
+    fits = max(1, (1 << 18) // res**2)  # so many stay in the processor's cache
+    for part in torch.arange(n).split(fits):
         progress(f"drawing faces: {int(part[0])}/{n}")
         faces[part] = draw_faces(numbers[part], res).mul_(255).round_().to(torch.uint8)
     progress(None)
@@ -600,9 +595,8 @@ def whole_file(path: Path):
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > 3600:  # a living one writes to its own all the time
                 old.unlink()
-    aside = path.with_name(
-        f".{path.name}.{os.getpid()}.tmp"
-    )  # its own: two runs in one folder may not share it
+    # Its own: two runs in one folder may not share it.
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as stream:
             yield stream

@@ -759,11 +759,9 @@ def write_table(out: Path, table: list[dict], image: torch.Tensor, damaged: torc
 
 
 def photo_mask(file: str | None, photo: PIL.Image.Image, options: dict) -> torch.Tensor:
-    """What is missing from a photo, (1, H, W), 1 in the hole: the mask file, or the training's hole in its
-    middle.
+    """What is missing from a photo, (1, H, W), 1 in the hole: the mask file, or the training's hole.
 
-    Of a mask, transparency is laid on black, and what is brighter than half of its brightest value is
-    missing.
+    A mask's transparent parts count as black. What is brighter than half of its brightest value is missing.
     """
     width, height = photo.size
     if not file:
@@ -869,9 +867,8 @@ def restore_photo(ema: models.UNet, options: dict, file: Path, mask_file: str | 
         n += 1
         name = f"{file.stem}-{n}"
     profile = content.info.get("icc_profile") or b""
-    picture.info["icc_profile"] = (
-        profile if profile[16:20] == b"RGB " else None
-    )  # the same colours on the same screen
+    # The same colours on the same screen.
+    picture.info["icc_profile"] = profile if profile[16:20] == b"RGB " else None
     out.mkdir(parents=True, exist_ok=True)
     data.save(out / f"{name}-restored.png", data.png(picture))
     parts = {"damaged": data.to_picture(data.damage(image, mask)), "restored": picture}
@@ -1243,23 +1240,19 @@ def reason(error: Exception) -> str | None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "make room" if full else "see whether it is there, and who may read and write it"
         return f"{place}{error.strerror or error}; {advice} (all that was saved before is intact)"
-    if isinstance(error, MemoryError) or re.search(
-        "out of memory|allocate memory|not enough memory", str(error)
-    ):
+    memory = "out of memory|allocate memory|not enough memory"
+    if isinstance(error, MemoryError) or re.search(memory, str(error)):
         return MEMORY
     return None
 
 
 def main(argv: list[str] | None = None) -> None:
     """The program: a mistake of the user ends in one line and exit code 2, Ctrl-C in 130."""
-    while (
-        os.open(os.devnull, os.O_RDWR) < 2
-    ):  # a stream that the shell closed (2>&-): no file may take its place
-        pass
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a file's name may have characters that the screen has not
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # the shell closed this stream (2>&-): without this, the next file would take its place
+    os.close(spare)
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name may have characters that the screen has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         given = vars(parser().parse_args(argv))
         run_job(dict(given))
