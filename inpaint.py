@@ -49,10 +49,10 @@ from data import InputError
 # The paper's two networks, and what both have in common: every default of a training stands here.
 PRESETS = {
     "unet": {"res": 128, "loss": "l1", "depth": 5, "width": 32, "limit": 2, "lr": 3e-3},
-    "gan": {"res": 64, "loss": "adversarial+10*known", "depth": 4, "width": 24, "limit": 16, "lr": 2e-4},
+    "gan": {"res": 64, "loss": "adversarial+30*known", "depth": 4, "width": 24, "limit": 16, "lr": 2e-4},
 }
 COMMON = {
-    "act": "relu", "hole_weight": 10.0, "fake": "restored", "batch": 16, "epochs": 12, "seed": 0,
+    "act": "relu", "hole_weight": 10.0, "fake": "restored", "batch": 8, "epochs": 12, "seed": 0,
     "data": "synthetic", "hole": 0.3, "hole_at": "center", "val": 0.2, "precision": "auto",
 }  # fmt: skip
 DISTANCE_RATE = 5e-4  # of a GAN with a distance in its loss: the distance guides it, so it may learn faster
@@ -415,7 +415,10 @@ def build_generator(options: dict) -> models.UNet:
 def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[models.UNet, dict]:
     """(the averaged generator, ready to paint; the options of its run) from a best.pt or last.pt."""
     state = read_checkpoint(path, device)
-    ema = build_generator(state["options"]).eval().requires_grad_(False)
+    ema = build_generator(state["options"]).eval()
+    if state["version"] == 1:
+        ema.keep = torch.nn.Conv2d(4, 3, 3, padding=1)  # as it was then
+    ema.requires_grad_(False)
     try:
         ema.load_state_dict(state["ema"])
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
@@ -513,11 +516,9 @@ def write_pictures(folder: Path, run: Run, pixels: torch.Tensor, mask: torch.Ten
 
 
 def best_row(run: Run) -> dict:
-    """The epoch whose weights best.pt holds: the best in the hole or, where no distance is trained, the
-    last."""
-    if not set(run.weights) & set(losses.DISTANCES):
-        return run.log[-1]
-    return max(run.log, key=lambda row: row["psnr_hole"])
+    """The epoch whose weights best.pt holds: the best in the hole. Of a GAN the last: PSNR does not see what
+    its discriminator adds."""
+    return run.log[-1] if run.discriminator else max(run.log, key=lambda row: row["psnr_hole"])
 
 
 def finish_epoch(run: Run, folder: Path, row: dict, validation: torch.Tensor, mask: torch.Tensor) -> None:

@@ -55,7 +55,7 @@ class UNet(nn.Module):
     of the 64 rows and columns; the skips keep every detail.
 
     Two things are not in the paper. The mask is a fourth channel: without it, nothing tells a white hole
-    from a white wall. `keep`, one small convolution, leads the known pixels straight to the last layer.
+    from a white wall. `keep`, a 1 x 1 convolution, leads each known pixel straight to the last layer.
     Batch norm is left out at the first level, where it would wash out the colours, and at the bottom, which
     has too few values for it.
     """
@@ -70,7 +70,7 @@ class UNet(nn.Module):
             fan_in = levels[level] * (1 if level == depth - 1 else 2)
             self.up.append(self._step(nn.ConvTranspose2d, fan_in, levels[level - 1], act))
         self.paint = nn.ConvTranspose2d(levels[0] * (1 if depth == 1 else 2), 3, 4, stride=2, padding=1)
-        self.keep = nn.Conv2d(4, 3, 3, padding=1)
+        self.keep = nn.Conv2d(4, 3, 1)
         self.start_by_keeping()
 
     @staticmethod
@@ -79,17 +79,16 @@ class UNet(nn.Module):
         return nn.Sequential(*layers, *([nn.BatchNorm2d(out)] if norm else []), ACTIVATIONS[act]())
 
     def start_by_keeping(self) -> None:
-        """Let `keep` begin as sigmoid(5 (x - 1/2)), nearly x, so that the first output is nearly the
-        damaged picture.
+        """Let `keep` begin as sigmoid(5 (x - 1/2)), nearly x, and as grey in the hole: so the first output
+        is nearly the damaged picture.
 
-        The network then has to learn to fill, and not to copy. A GAN that starts from grey is seen through
-        at once.
+        The network then has to learn to fill, and not to copy. A GAN that starts from grey everywhere is
+        seen through at once.
         """
         with torch.no_grad():
-            self.keep.weight.zero_()
-            for colour in range(3):
-                self.keep.weight[colour, colour, 1, 1] = 5
-            self.keep.bias.fill_(-2.5)
+            self.keep.weight.zero_()[:, :3, 0, 0] = 5 * torch.eye(3)
+            self.keep.weight[:, 3] = -2.5  # takes the white away: else the last layer must, and that shows
+            self.keep.bias.fill_(-2.5)  # around the hole
 
     def forward(self, damaged: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """damaged (B, 3, H, W) and mask (B or 1, 1, H, W) -> the whole picture, float32 (B, 3, H, W) in [0,
