@@ -635,7 +635,7 @@ ROWS = [  # name, what to train, the PSNR that the paper prints
     ("GAN, judged by output", PAPER_GAN | {"act": "swish"}, 6.069),
     ("GAN", {"model": "gan", "act": "relu"}, None),
     ("GAN", {"model": "gan", "act": "swish"}, None),
-    ("GAN + L1", {"model": "gan", "loss": "60*l1+adversarial", "act": "relu"}, None),
+    ("GAN + L1", {"model": "gan", "loss": "120*l1+adversarial", "act": "relu"}, None),
     ("the GAN's U-Net alone", {"model": "gan", "loss": "l1", "act": "relu"}, None),
     ("U-Net, 1 deeper", {"model": "unet", "loss": "l1", "act": "relu", "depth": 6}, None),
 ]
@@ -993,7 +993,7 @@ def parser() -> argparse.ArgumentParser:
         "--loss, --depth, --width, --limit and --lr; default unet")
     add("--act", choices=models.ACTIVATIONS, help=f"activation function; default {COMMON['act']}")
     add("--loss", type=loss_terms, metavar="TERMS",
-        help=f"a sum of {', '.join(losses.TERMS)}, as in 60*l1+adversarial; with adversarial there is a "
+        help=f"a sum of {', '.join(losses.TERMS)}, as in 120*l1+adversarial; with adversarial there is a "
         f"discriminator; default {both['loss']}")
     add("--hole-weight", type=number(float, 1e-3, 1e6), metavar="X",
         help=f"l1 and mse count pixels in the hole X times (the paper: 1); default {COMMON['hole_weight']:g}")

@@ -2,7 +2,7 @@
 
 What you learn here: the distances L1 and MSE; SSIM, which compares neighbourhoods instead of pixels; PSNR
 and how not to get it wrong; the two sides of the adversarial game; how to measure whether a picture looks
-real; and how `--loss "60*l1+adversarial"` becomes a sum of terms.
+real; and how `--loss "120*l1+adversarial"` becomes a sum of terms.
 
 Pictures are float (B, 3, H, W) in [0, 1]; a mask (B or 1, 1, H, W) is 1 in the hole.
 
@@ -151,7 +151,7 @@ TERMS = (*DISTANCES, "known", "adversarial")
 
 
 def parse_loss(text: str) -> dict[str, float]:
-    """'mse+dssim' or '60*l1+adversarial' -> {term: weight}.
+    """'mse+dssim' or '120*l1+adversarial' -> {term: weight}.
 
     With no weight anywhere each of n terms counts 1/n, so 'mse+dssim' is the paper's (MSE + DSSIM) / 2;
     with a weight anywhere, bare terms count 1. ValueError for an unknown or doubled term or a weight that
@@ -166,14 +166,14 @@ def parse_loss(text: str) -> dict[str, float]:
         if term not in TERMS or term in weights:
             problem = "given twice" if term in weights else "unknown"
             raise ValueError(
-                f"term {term!r} is {problem}: a loss is a sum of {', '.join(TERMS)}, as in 60*l1+adversarial"
+                f"term {term!r} is {problem}: a loss is a sum of {', '.join(TERMS)}, as in 120*l1+adversarial"
             )
         try:
             weights[term] = float(weight) if "*" in part else bare
         except ValueError:
             weights[term] = math.nan
         if not 0 < weights[term] < math.inf:
-            raise ValueError(f"weight {weight!r} of {term} must be a number above 0, as in 60*l1+adversarial")
+            raise ValueError(f"weight {weight!r} of {term} must be above 0, as in 120*l1+adversarial")
     return weights
 
 

@@ -815,7 +815,7 @@ def test_the_loss_grammar(text, expected):
 
 @pytest.mark.parametrize("text", ["", *"l2 l1+l1 0*l1 -1*l1 nan*l1 inf*l1 l1+ *l1 l1*2 2*3*l1 x*l1".split()])
 def test_the_loss_grammar_refuses_and_says_what_is_right(text):
-    with pytest.raises(ValueError, match=r"60\*l1\+adversarial"):
+    with pytest.raises(ValueError, match=r"120\*l1\+adversarial"):
         losses.parse_loss(text)
 
 
