@@ -86,9 +86,10 @@ class UNet(nn.Module):
         seen through at once.
         """
         with torch.no_grad():
-            self.keep.weight.zero_()[:, :3, 0, 0] = 5 * torch.eye(3)
-            self.keep.weight[:, 3] = -2.5  # takes the white away: else the last layer must, and that shows
-            self.keep.bias.fill_(-2.5)  # around the hole
+            self.keep.weight[:, :3, 0, 0] = 5 * torch.eye(3)
+            # Where the mask is 1, take the white away. Else `paint` must, and it reaches over the hole's rim.
+            self.keep.weight[:, 3] = -2.5
+            self.keep.bias.fill_(-2.5)
 
     def forward(self, damaged: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """damaged (B, 3, H, W) and mask (B or 1, 1, H, W) -> the whole picture, float32 (B, 3, H, W) in [0,
