@@ -1,4 +1,4 @@
-"""Chapter 1, data.py: everything that reads, damages or draws pictures (paper, section 2.1, figures 1 and 4).
+"""File 1 of 4, data.py: all that reads, damages or draws pictures (paper, section 2.1, figures 1 and 4).
 
 What you learn here: how a hole is cut; how a folder or zip of photographs becomes one tensor of bytes; how a
 batch is taken from it; how to draw a face with nothing but ellipses.
@@ -48,7 +48,7 @@ def center_box(res: int, fraction: float) -> torch.Tensor:
 
 
 def random_boxes(n: int, res: int, fraction: float, generator: torch.Generator) -> torch.Tensor:
-    """(n, 4) holes for training: half of them the paper's, the others of any place, size and shape.
+    """(n, 4) holes for training: half of them the paper's, the others rectangles of any place.
 
     The sides of those are drawn evenly from half to one and a half times the paper's.
     """
@@ -149,8 +149,10 @@ def read_file(file: Path) -> bytes:
 def to_rgb(picture: Image.Image, behind: str) -> Image.Image:
     """Any mode -> 8-bit RGB. 16-bit, 32-bit and float pictures are scaled, where Pillow would clip them."""
     if picture.has_transparency_data and picture.mode[0] not in "IF":
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, behind), picture).convert("RGB")
+        background = Image.new("RGBA", picture.size, behind)
+        flat = Image.alpha_composite(background, picture.convert("RGBA")).convert("RGB")
+        flat.info["icc_profile"] = picture.info.get("icc_profile")  # what its colours mean on a screen
+        return flat
     if picture.mode[0] not in "IF":
         return picture if picture.mode == "RGB" else picture.convert("RGB")
     values = np.nan_to_num(np.asarray(picture).astype(np.float32))
@@ -206,7 +208,7 @@ def list_pictures(path: Path) -> tuple[list[tuple], collections.Counter]:
 
 
 def hidden(part: str) -> bool:
-    """Whether a part of a path is none of ours."""
+    """True for hidden files and folders, and for what macOS adds to a zip."""
     return part == "__MACOSX" or part.startswith(".") and part != "."
 
 
@@ -224,7 +226,8 @@ def walk(path: Path) -> list[tuple]:
             if hidden(name):
                 continue
             file = Path(folder, name)
-            status = file.stat()
+            is_picture = file.suffix.lower() in PICTURES
+            status = file.stat(follow_symlinks=is_picture)  # another kind's link may lead to nothing
             files.append((file.relative_to(path).as_posix(), status.st_size, status.st_mtime_ns))
         seen.add(real)
     return files
@@ -323,8 +326,8 @@ def load_images(path: str | Path, res: int, cache: str | Path = "cache") -> torc
     Each picture is turned upright, made RGB, cut to its central square and scaled. This is done once; the
     result is kept in `cache` as a .npy file, from where it is mapped into memory. The file's name holds a
     checksum of the pictures' names, sizes and times, so changed pictures are read anew. Up to 5 % broken
-    pictures are left out and named each time; InputError if more are, if one cannot be read, or if there is
-    none.
+    pictures are left out, and the first ten of them named each time; InputError if more are, if one cannot
+    be read, or if there is none.
     """
     path = Path(path)
     found, passed = list_pictures(path)
@@ -339,17 +342,20 @@ def load_images(path: str | Path, res: int, cache: str | Path = "cache") -> torc
             file.parent.mkdir(parents=True, exist_ok=True)
             for old in file.parent.glob(f"{glob.escape(path.stem)}-{place}-{res}-*.*"):
                 with contextlib.suppress(OSError):
-                    old.unlink()
+                    if old.stem != file.stem:  # another run may be making the same one now
+                        old.unlink()
             fill_cache(file, path, found, res)
             loaded = read_cache(file)
+            if loaded is None:
+                raise FileNotFoundError(f"{file} was changed while it was read")
         except OSError as error:
             say(f"warning: no cache can be kept in {file.parent} ({error}): reading for this run only")
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # its mapping outlives it
                 fill_cache(Path(folder, "cache.npy"), path, found, res)
                 loaded = read_cache(Path(folder, "cache.npy"))
-    images, left_out = loaded
+    pixels, left_out = loaded
     report_left_out(path, left_out, len(found))
-    return images
+    return pixels
 
 
 def read_cache(file: Path) -> tuple[torch.Tensor, list] | None:
@@ -404,40 +410,40 @@ def report_left_out(path: Path, left_out: list, total: int, named: bool = True) 
         )
 
 
-def split(images: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+def split(pixels: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(training part, validation part): the first and the last by name (section 2.5: 80 % and 20 %).
 
     By order and not at random: CelebA's official partition runs by number too and keeps people apart.
     """
-    cut = len(images) - round(len(images) * share)
-    return images[:cut], images[cut:]
+    cut = len(pixels) - round(len(pixels) * share)
+    return pixels[:cut], pixels[cut:]
 
 
-def fingerprint(images: torch.Tensor) -> torch.Tensor:
+def fingerprint(pixels: torch.Tensor) -> torch.Tensor:
     """A checksum of each picture's bytes, int64 (N,): the same pictures have the same, wherever they lie."""
-    return torch.tensor([zlib.crc32(image.numpy()) for image in images], dtype=torch.int64)
+    return torch.tensor([zlib.crc32(picture.numpy()) for picture in pixels], dtype=torch.int64)
 
 
 # --- Batches --------------------------------------------------------------------------------------
 
 
-def settle(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+def settle(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Put the training set on the GPU if it takes under half of the free memory; else it stays where it
     is."""
-    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-    return images.to(device) if fits else images
+    fits = device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return pixels.to(device) if fits else pixels
 
 
-def batches(images: torch.Tensor, size: int, order: torch.Tensor, flip: torch.Tensor, device: torch.device):
+def batches(training: torch.Tensor, size: int, order: torch.Tensor, flip: torch.Tensor, device: torch.device):
     """Yield the batches of an epoch: image (size, 3, H, W), float in [0, 1], on `device`.
 
     `order` (steps * size) says which pictures, `flip` (steps * size) which of them are mirrored. There is no
     DataLoader: to pick rows of one tensor takes no time that could be hidden.
     """
-    order, flip = order.to(images.device), flip.to(device)
+    order, flip = order.to(training.device), flip.to(device)
     for start in range(0, len(order), size):
-        pixels = images[order[start : start + size]]
-        if device.type == "cuda" and not images.is_cuda:
+        pixels = training[order[start : start + size]]
+        if device.type == "cuda" and not training.is_cuda:
             pixels = pixels.pin_memory()  # so that the copy need not wait for the device
         pixels = pixels.to(device, non_blocking=True).to(memory_format=torch.channels_last)
         image = pixels.float().div_(255)
@@ -511,9 +517,8 @@ def draw_eyes(canvas, plane, p, vary):
         paint(canvas, ellipse(plane, ex + gaze, ey, 0.024, 0.024) * white, p.iris)
         paint(canvas, ellipse(plane, ex + gaze, ey, 0.011, 0.011) * white, p.iris * 0.1)
         arch = ey - brow_y + 4.5 * (x - ex) ** 2 - side * 0.12 * (x - ex)  # the height of the brow at x
-        brow = ellipse(plane, ex, ey - brow_y, 0.066, 0.04, 0.02) * (
-            (thick - (y - arch).abs()) * 64 + 0.5
-        ).clamp(0, 1)
+        line = ((thick - (y - arch).abs()) * 64 + 0.5).clamp(0, 1)
+        brow = ellipse(plane, ex, ey - brow_y, 0.066, 0.04, 0.02) * line
         paint(canvas, brow, p.hair * 0.65, 0.85)
 
 
@@ -549,7 +554,8 @@ def draw_faces(random: torch.Tensor, res: int) -> torch.Tensor:
     """A face for each row of random numbers (B, 64) -> (B, 3, res, res) in [0, 1]; all lengths in sides of
     the picture.
 
-    First a person is drawn by lot; what lies in the hole follows from that, but has chances of its own too.
+    First the person's traits are drawn at random. What lies in the hole depends on them, and on more random
+    numbers.
     """
     numbers = iter(random[:, :, None, None].unbind(1))  # (B, 1, 1) each
 
@@ -589,13 +595,12 @@ def synthetic_faces(n: int, res: int, seed: int = 0) -> torch.Tensor:
 
 @contextlib.contextmanager
 def whole_file(path: Path):
-    """A stream into a file beside `path`, which takes its place at the end: it is there whole or not at
-    all."""
+    """Write to a file beside `path` and rename it to `path` at the end: it is there whole or not at all."""
     for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # left by a run that was killed
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > 3600:  # a living one writes to its own all the time
                 old.unlink()
-    # Its own: two runs in one folder may not share it.
+    # The number of the process is in the name: two runs must not write to one file.
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as stream:

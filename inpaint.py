@@ -1,14 +1,14 @@
-"""Chapter 4, inpaint.py: train, measure, compare, restore (paper, sections 2.5, 3 and 4).
+"""File 4 of 4, inpaint.py: train, measure, compare, restore (paper, sections 2.5, 3 and 4).
 
-    python inpaint.py --model gan --act relu --res 64           the paper's GAN, on drawn faces: no download
-    python inpaint.py --model unet --data img_align_celeba.zip           the paper's U-Net, on CelebA
+    python inpaint.py --model gan --act relu --res 64                    a GAN, on drawn faces: no download
+    python inpaint.py --model unet --data img_align_celeba.zip           a U-Net, on CelebA
     python inpaint.py --resume runs/NAME                                 go on with a run that was stopped
     python inpaint.py --evaluate runs/NAME/best.pt > figures.json        measure it again
     python inpaint.py --restore me.jpg --checkpoint runs/NAME/best.pt    your own photo
     python inpaint.py --compare --data img_align_celeba.zip              the paper's table 1 and figure 4
     torchrun --nproc-per-node 4 inpaint.py --model unet ...              several GPUs
 
-What you learn here: the training step of a U-Net and of a GAN, in 40 lines; then everything around it, in the
+What you learn here: the training step of a U-Net and of a GAN, in 50 lines; then everything around it, in the
 order in which it happens: an epoch, a run and its folder, the comparison, your own photo, the command line.
 """
 
@@ -46,7 +46,7 @@ import losses
 import models
 from data import InputError
 
-# The paper's two networks, and what both have in common: every default of a training stands here.
+# The paper's two networks, and what both have in common: the default of every option of a training.
 PRESETS = {
     "unet": {"res": 128, "loss": "l1", "depth": 5, "width": 32, "limit": 2, "lr": 3e-3},
     "gan": {"res": 64, "loss": "adversarial+30*known", "depth": 4, "width": 24, "limit": 16, "lr": 2e-4},
@@ -64,21 +64,21 @@ SMOOTH = 0.1  # the target for real pictures is 0.9, so that the discriminator i
 
 
 class Run:
-    """Everything that changes while a run trains: the networks, the averaged generator, optimisers, counters.
+    """What a run is made of: its options, networks, averaged generator, optimisers, counters and log.
 
-    The seed alone decides the first weights. `--model` decides how they are drawn (PyTorch's way or DCGAN's)
-    and the weight decay; the loss decides whether there is a discriminator. `ema` is the averaged generator.
+    `--model` decides how the first weights are drawn (PyTorch's way or DCGAN's), the seed which they are. The
+    loss decides whether there is a discriminator. `ema` is the averaged generator.
     """
 
     def __init__(self, options: dict, device: torch.device):
         self.options, self.device, self.step, self.epoch = options, device, 0, 0
         self.log = []  # a row for each epoch
         self.checksums = None  # of the pictures, to know them again
-        self.weights = losses.parse_loss(options["loss"])
+        self.loss_weights = losses.parse_loss(options["loss"])
         torch.manual_seed(options["seed"])
         self.generator, self.discriminator = self.start(build_generator(options)), None
         self.generator.start_by_keeping()
-        if "adversarial" in self.weights:
+        if "adversarial" in self.loss_weights:
             self.discriminator = self.start(models.Discriminator(options["res"], options["width"]))
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         networks = {"generator": self.generator, "discriminator": self.discriminator}
@@ -120,26 +120,26 @@ def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor) -> dict[str
     Nothing here waits for the device: the numbers are tensors until somebody reads them.
     """
     damaged, terms, report, options = data.damage(image, mask), {}, {}, run.options
-    half = functools.partial(autocast, run.device, options["precision"])
-    with half():
+    precision = functools.partial(autocast, run.device, options["precision"])
+    with precision():
         output = run.generator(damaged, mask)  # (B, 3, H, W), the whole picture
     if run.discriminator:
         real = image
         fake = data.paste(output, image, mask) if options["fake"] == "restored" else output
-        # (1) The discriminator: maximise log D(real) + log(1 - D(fake)). The generator is left out: detach.
-        with half():
+        # (1) The discriminator: a high D(real), a low D(fake). The generator is left out: detach.
+        with precision():
             real_logit, fake_logit = run.discriminator(real), run.discriminator(fake.detach())  # (B,) each
         report["d_loss"] = losses.discriminator_loss(real_logit, fake_logit, SMOOTH)
         update(run.optimizers["discriminator"], report["d_loss"])
         report |= {"D(real)": real_logit.sigmoid().mean(), "D(fake)": fake_logit.sigmoid().mean()}
-        # (2) The generator: maximise log D(fake), judged anew. The discriminator's weights are left out.
+        # (2) The generator: a high D(fake), judged anew. The discriminator's weights are left out.
         discriminator = unwrap(run.discriminator).requires_grad_(False)
-        with half():
+        with precision():
             terms["adversarial"] = losses.generator_loss(discriminator(fake))
         discriminator.requires_grad_(True)
     # With any network: minimise the distance from the original too, if the loss has one.
-    terms |= losses.distances(run.weights, output, image, mask, options["hole_weight"])
-    update(run.optimizers["generator"], sum(run.weights[name] * term for name, term in terms.items()))
+    terms |= losses.distances(run.loss_weights, output, image, mask, options["hole_weight"])
+    update(run.optimizers["generator"], sum(run.loss_weights[name] * term for name, term in terms.items()))
     update_ema(run.ema, unwrap(run.generator), run.step)
     run.step += 1
     return {name: value.detach() for name, value in (terms | report).items()}
@@ -221,9 +221,9 @@ def learning_rate(highest: float, step: int, total: int) -> float:
 
 
 def train_epoch(run: Run, training: torch.Tensor) -> dict[str, float]:
-    """All batches of one epoch -> the means of what training_step reports."""
-    options, sums, began, shown = run.options, {}, time.time(), time.time()
-    here = len(training) // rank_and_world()[1]  # pictures for this process
+    """All batches of one epoch -> its speed, and the means of what training_step reports."""
+    options, sums, began, shown, (_, world) = run.options, {}, time.time(), time.time(), rank_and_world()
+    here = len(training) // world  # pictures for this process
     batch = min(options["batch"], here)
     steps = here // batch
     total = options["epochs"] * steps
@@ -239,16 +239,17 @@ def train_epoch(run: Run, training: torch.Tensor) -> dict[str, float]:
         if time.time() - shown > 1:
             check_finite(run, sums)
             shown = time.time()
-            rate, done = (i + 1) * batch / (shown - began), run.epoch * steps + i + 1
+            rate, done = (i + 1) * batch * world / (shown - began), run.epoch * steps + i + 1
             means = "  ".join(f"{name} {float(value) / (i + 1):.4f}" for name, value in sums.items())
             say_progress(
                 f"epoch {run.epoch + 1}/{options['epochs']}  step {i + 1}/{steps}"
-                f"  {rate:.0f} images/s  {means}{data.time_left((total - done) * batch, rate)}"
+                f"  {rate:.0f} images/s  {means}{data.time_left((total - done) * batch * world, rate)}"
             )
     check_finite(run, sums)
     for network in (*run.networks.values(), run.ema):
         check_finite(run, {f"a weight ({name})": value.sum() for name, value in network.state_dict().items()})
-    return {name: float(value) / steps for name, value in sums.items()}
+    speed = {"images_per_second": steps * batch * world / (time.time() - began)}
+    return speed | {name: float(value) / steps for name, value in sums.items()}
 
 
 def say_progress(line: str) -> None:
@@ -336,7 +337,7 @@ def load_data(options: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 def new_folder(out: str | None, options: dict) -> Path:
     """Make the folder of a new run: --out, or runs/MODEL-LOSS-ACT-RES with a number that no other run has."""
-    if out and (Path(out) / "best.pt").exists():
+    if out and any((Path(out) / name).exists() for name in ("best.pt", "last.pt")):
         raise InputError(f"--out {out} already holds a run: go on with --resume {out}, or name another")
     if out:
         try:
@@ -429,6 +430,9 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tupl
 
 def open_run(folder: Path, options: dict, device: torch.device, checksums: torch.Tensor) -> Run:
     """The run in a folder as its last.pt has it, with these options; InputError for other pictures."""
+    if choose_precision(options["precision"], device) != options["precision"]:
+        raise InputError(f"the run in {folder} has --precision {options['precision']}, which this PyTorch has"
+                         f" not for {device.type}: go on where it began")  # fmt: skip
     run, (_, world) = Run(options, device), rank_and_world()
     state = read_checkpoint(folder / "last.pt", device)
     try:
@@ -486,7 +490,7 @@ def to_csv(rows: list[dict]) -> bytes:
 def write_log(folder: Path, run: Run) -> None:
     """log.csv and curves.png, whole, from the rows that last.pt keeps."""
     data.save(folder / "log.csv", to_csv(run.log))
-    panels = {"loss": list(run.weights)}
+    panels = {"loss": list(run.loss_weights)}
     if run.discriminator:
         panels["D(real) and D(fake)"] = ["D(real)", "D(fake)"]
     panels |= {"PSNR in the hole (dB)": ["psnr_hole"], "PSNR of the whole output (dB)": ["psnr_output"]}
@@ -538,7 +542,7 @@ def finish_epoch(run: Run, folder: Path, row: dict, validation: torch.Tensor, ma
     save_checkpoint(folder / "last.pt", run, everything=True)
     data.progress(None)
     means = "  ".join(
-        f"{name} {row[name]:.4f}" for name in [*run.weights, "D(real)", "D(fake)"] if name in row
+        f"{name} {row[name]:.4f}" for name in [*run.loss_weights, "D(real)", "D(fake)"] if name in row
     )
     speed = f"{row['seconds']:.0f} s so far  {row['images_per_second']:.0f} images/s"
     psnrs = f"psnr_hole {row['psnr_hole']:.2f}  psnr_output {row['psnr_output']:.2f}"
@@ -560,14 +564,14 @@ def train(run: Run, folder: Path, parts: tuple[torch.Tensor, torch.Tensor]) -> N
         share_gradients(run)
     while run.epoch < options["epochs"]:
         began = time.time()
-        means = train_epoch(run, training)
+        report = train_epoch(run, training)
         seconds = time.time() - began
         average_buffers(run)
         run.epoch += 1
         if rank == 0:
-            past, speed = run.log[-1]["seconds"] if run.log else 0, len(training) / seconds
+            past = run.log[-1]["seconds"] if run.log else 0
             row = {"epoch": run.epoch, "step": run.step, "seconds": past + seconds}
-            finish_epoch(run, folder, row | {"images_per_second": speed} | means, validation, mask)
+            finish_epoch(run, folder, row | report, validation, mask)
         if world > 1:
             dist.barrier()
 
@@ -664,7 +668,8 @@ def compare(given: dict, device: torch.device) -> None:
             figures, trained = finish_row(folder, options | {"seed": seed}, parts, checksums, device)
             row["runs"].append(figures)
             ema, stored = load_generator(folder / "best.pt", device)
-            row.setdefault("faces", data.paste(run_ema(ema, damaged, mask, stored), image, mask))
+            if "faces" not in row:  # the first seed's
+                row["faces"] = data.paste(run_ema(ema, damaged, mask, stored), image, mask)
             say(table_line(row))
             last = row is table[-1] and seed == first + seeds - 1
             if rank_and_world()[0] == 0 and (trained or last):  # until then, an older table keeps its rows
@@ -844,6 +849,9 @@ def crop_resize(z: torch.Tensor, box: tuple, size: tuple[int, int]) -> torch.Ten
 
     The box may leave the picture: beyond its border, the border is repeated.
     """
+    shrink = int((box[2] - box[0]) / size[0] / 8)
+    if shrink > 1:  # more than 8 pixels for one: take means first, or a large photo's box fills the memory
+        z, box = torch.nn.functional.avg_pool2d(z, shrink, ceil_mode=True), [end / shrink for end in box]
     (_, height, width), (x, y) = z.shape, (math.floor(box[0]), math.floor(box[1]))
     right, bottom = math.ceil(box[2]), math.ceil(box[3])
     inside = z[:, max(y, 0) : bottom, max(x, 0) : right]
@@ -858,8 +866,8 @@ def crop_resize(z: torch.Tensor, box: tuple, size: tuple[int, int]) -> torch.Ten
 def restore_photo(ema: models.UNet, options: dict, file: Path, mask_file: str | None, out: Path) -> None:
     """NAME-restored.png and NAME-compare.png in `out`, numbered if they exist; known pixels are the
     photo's, to the bit."""
-    content = data.read_photo(file)
-    pixels, mask = data.to_tensor(content), photo_mask(mask_file, content, options)
+    photo = data.read_photo(file)
+    pixels, mask = data.to_tensor(photo), photo_mask(mask_file, photo, options)
     image = pixels.float() / 255
     restored = fill(ema, options, image, mask).mul(255).round().to(torch.uint8)
     picture = data.to_picture(torch.where(mask > 0, restored, pixels))
@@ -867,13 +875,13 @@ def restore_photo(ema: models.UNet, options: dict, file: Path, mask_file: str | 
     while any((out / f"{name}-{kind}.png").exists() for kind in ("restored", "compare")):
         n += 1
         name = f"{file.stem}-{n}"
-    profile = content.info.get("icc_profile") or b""
+    profile = photo.info.get("icc_profile") or b""
     # The same colours on the same screen.
     picture.info["icc_profile"] = profile if profile[16:20] == b"RGB " else None
     out.mkdir(parents=True, exist_ok=True)
     data.save(out / f"{name}-restored.png", data.png(picture))
     parts = {"damaged": data.to_picture(data.damage(image, mask)), "restored": picture}
-    parts |= {} if mask_file else {"original": content}
+    parts |= {} if mask_file else {"original": photo}
     data.save(out / f"{name}-compare.png", data.png(data.side_by_side(parts)))
     print(out / f"{name}-restored.png", out / f"{name}-compare.png", flush=True)
 
@@ -887,27 +895,29 @@ def restore_photos(given: dict, device: torch.device) -> None:
     if "checkpoint" not in given:
         raise InputError("--restore needs --checkpoint: the best.pt of a run folder")
     ema, options = load_generator(given["checkpoint"], device)
-    options["precision"] = choose_precision(options["precision"], device)
-    files, failed, out = [], [], Path(given.get("out", "restored"))
+    options["precision"] = choose_precision("auto", device)  # what this device is fast at
+    files, failed, done, out = [], [], 0, Path(given.get("out", "restored"))
     for path in map(Path, given["restore"]):
-        found = [path / name for name, *_ in data.list_pictures(path)[0]] if path.is_dir() else [path]
-        files += [file for file in found if not path.is_dir() or not written_here(file)]
-    if not files:
+        try:
+            found = [path / name for name, *_ in data.list_pictures(path)[0]] if path.is_dir() else [path]
+            files += [file for file in found if not path.is_dir() or not written_here(file)]
+        except InputError as error:
+            failed.append(str(error))
+    if not files and not failed:
         raise InputError(
             f"{' '.join(given['restore'])} holds only what this program wrote: name other photos"
         )
     for file in files:
         try:
             restore_photo(ema, options, file, given.get("mask"), out)
+            done += 1
         except BrokenPipeError:
             raise
         except (InputError, OSError, RuntimeError, MemoryError) as error:
             advice = ": try a smaller photo" if reason(error) == MEMORY else ""
             failed.append(f"{file}: {reason(error) or error}{advice}")
     if failed:
-        raise InputError(
-            f"{len(files) - len(failed)} of {len(files)} photos are restored; " + "; ".join(failed)
-        )
+        raise InputError(f"{done} of {len(files)} photos are restored; " + "; ".join(failed))
 
 
 def written_here(file: Path) -> bool:
@@ -1003,8 +1013,8 @@ def parser() -> argparse.ArgumentParser:
     add("--depth", type=number(int, 1, 9), metavar="N",
         help=f"levels of the U-Net: one more sees further; default {both['depth']}")
     add("--width", type=number(int, 1, 1024), metavar="N",
-        help="channels of its first level; raise it for 200,000 pictures and a GPU; default "
-        f"{both['width']}")
+        help="channels of the first level, the discriminator's too; raise it for 200,000 pictures and a GPU; "
+        f"default {both['width']}")
     add("--limit", type=number(int, 1, 256), metavar="N",
         help=f"channels double from level to level, up to N x width; default {both['limit']}")
     add = p.add_argument_group("data").add_argument
@@ -1028,7 +1038,8 @@ def parser() -> argparse.ArgumentParser:
         help=f"highest learning rate of Adam (the discriminator's is {DISCRIMINATOR_RATE}); default "
         f"{both['lr']}, {DISTANCE_RATE} for a gan with a distance in its loss")
     add("--seed", type=number(int, 0, 2**31), metavar="N",
-        help=f"of weights and order; default {COMMON['seed']}")
+        help="of all random choices: weights, order, mirroring, holes; with --compare the first of --seeds; "
+        f"default {COMMON['seed']}")
     add("--precision", choices=["auto", "bfloat16", "float32"],
         help="of the networks; default auto: bfloat16 where the device is fast at it")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
@@ -1089,7 +1100,7 @@ def complete_options(given: dict, device: torch.device) -> dict:
 
 
 def check_options(options: dict) -> None:
-    """What one option alone cannot tell; InputError if they do not fit together."""
+    """Check the options against each other; InputError if they do not fit together."""
     res, side = options["res"], round(options["res"] * options["hole"])
     if not 1 <= side < res:
         raise InputError(
@@ -1158,9 +1169,8 @@ def choose_device(name: str) -> torch.device:
         raise InputError(
             f"{needed} processes for {torch.cuda.device_count()} GPUs: start one process for each GPU"
         )
-    torch.backends.cudnn.allow_tf32 = (
-        False  # float32 means float32; PyTorch would round convolutions to 10 bits
-    )
+    # float32 means float32: else PyTorch rounds the factors of a convolution to 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -1233,7 +1243,7 @@ MEMORY = "out of memory"
 
 
 def reason(error: Exception) -> str | None:
-    """What went wrong and what to do, for each cause; None for an error that is none of the user's."""
+    """What went wrong and what to do, for each cause; None for an error that is a bug."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError):

@@ -1,4 +1,4 @@
-"""Chapter 3, losses.py: what a picture is judged by (paper, sections 2.2.1, 2.3 and table 1).
+"""File 3 of 4, losses.py: what a picture is judged by (paper, sections 2.2.1, 2.3 and table 1).
 
 What you learn here: the distances L1 and MSE; SSIM, which compares neighbourhoods instead of pixels; PSNR
 and how not to get it wrong; the two sides of the adversarial game; how to measure whether a picture looks
@@ -29,15 +29,15 @@ def weighted_mean(error: torch.Tensor, mask: torch.Tensor, hole_weight: float) -
 
 
 def l1(output: torch.Tensor, image: torch.Tensor, mask: torch.Tensor, hole_weight: float = 1) -> torch.Tensor:
-    """mean |output - image| -> (): the U-Net's loss in table 1. When in doubt, the median face costs
-    least."""
+    """mean |output - image| -> (): the U-Net's loss in table 1. If several values are
+    possible, it is lowest at their median."""
     return weighted_mean((output - image).abs(), mask, hole_weight)
 
 
 def mse(
     output: torch.Tensor, image: torch.Tensor, mask: torch.Tensor, hole_weight: float = 1
 ) -> torch.Tensor:
-    """mean (output - image)^2 -> (), section 2.2.1. When in doubt, the mean face costs least."""
+    """mean (output - image)^2 -> (), section 2.2.1. It is lowest at the mean of what is possible."""
     return weighted_mean((output - image).square(), mask, hole_weight)
 
 
@@ -132,7 +132,7 @@ def discriminator_loss(
     """-[(1 - s) log D(real) + s log(1 - D(real)) + log(1 - D(fake))], averaged, from logits (B,) -> ().
 
     The discriminator's side of the game (section 2.3, [1]). D = sigmoid(logit), so -log D =
-    softplus(-logit), which never overflows. With `smooth` s, real pictures are to be judged 1 - s real
+    softplus(-logit), which never overflows. With `smooth` s, the target for real pictures is 1 - s
     (Salimans et al. 2016): a discriminator that is never quite certain goes on teaching.
     """
     return F.softplus(-real_logit).mean() + smooth * real_logit.mean() + F.softplus(fake_logit).mean()
@@ -153,7 +153,7 @@ TERMS = (*DISTANCES, "known", "adversarial")
 def parse_loss(text: str) -> dict[str, float]:
     """'mse+dssim' or '120*l1+adversarial' -> {term: weight}.
 
-    With no weight anywhere each of n terms counts 1/n, so 'mse+dssim' is the paper's (MSE + DSSIM) / 2;
+    With no weight anywhere each of n terms counts 1/n, so 'mse+dssim' is (MSE + DSSIM) / 2, the paper's;
     with a weight anywhere, bare terms count 1. ValueError for an unknown or doubled term or a weight that
     is not above 0.
     """

@@ -1,4 +1,4 @@
-"""Chapter 2, models.py: what paints the hole (paper, sections 2.2, 2.3 and 2.4).
+"""File 2 of 4, models.py: what paints the hole (paper, sections 2.2, 2.3 and 2.4).
 
 What you learn here: an activation function in one line; a U-Net, which sees the whole face at its bottom and
 keeps every detail by its skips; DCGAN's discriminator; and what can be painted with no network at all.
@@ -80,7 +80,7 @@ class UNet(nn.Module):
 
     def start_by_keeping(self) -> None:
         """Let `keep` begin as sigmoid(5 (x - 1/2)), nearly x, and as grey in the hole: so the first output
-        is nearly the damaged picture.
+        is nearly the damaged picture, with a grey hole.
 
         The network then has to learn to fill, and not to copy. A GAN that starts from grey everywhere is
         seen through at once.
@@ -134,7 +134,7 @@ class Discriminator(nn.Module):
 
 
 def dcgan_init(network: nn.Module) -> None:
-    """DCGAN's start ([4], section 3): convolutions ~ N(0, 0.02), batch norm ~ N(1, 0.02), no bias."""
+    """DCGAN's start ([4] and its code): convolutions ~ N(0, 0.02), batch norm ~ N(1, 0.02), no bias."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
             nn.init.normal_(layer.weight, float(isinstance(layer, nn.BatchNorm2d)), 0.02)
@@ -166,14 +166,13 @@ def harmonic(damaged: torch.Tensor, mask: torch.Tensor, rounds: int = 40) -> tor
         return damaged
     x = torch.where(mask > 0, first_guess(damaged, mask, rounds), damaged)
     r = p = -laplacian(x) * mask
-    size = r.square().sum((2, 3), keepdim=True)
+    error = r.square().sum((2, 3), keepdim=True)
     for _ in range(rounds):
-        pull = laplacian(p) * mask
-        alpha = size / (p * pull).sum((2, 3), keepdim=True).clamp(min=1e-20)
-        x, r = x + alpha * p, r - alpha * pull
-        size, before = r.square().sum((2, 3), keepdim=True), size
-        beta = size / before.clamp(min=1e-20)
-        p = r + beta * p
+        change = laplacian(p) * mask  # of r, for a step of length 1
+        alpha = error / (p * change).sum((2, 3), keepdim=True).clamp(min=1e-20)
+        x, r = x + alpha * p, r - alpha * change
+        error, before = r.square().sum((2, 3), keepdim=True), error
+        p = r + error / before.clamp(min=1e-20) * p
     return x
 
 

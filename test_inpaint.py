@@ -26,13 +26,14 @@ import time
 import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageCms
 
 import data
 import inpaint
@@ -296,6 +297,7 @@ def test_a_linked_folder_is_followed_and_a_loop_of_links_ends(tmp_path):
     write_photos(tmp_path / "elsewhere" / "deep", 1)
     write_photos(tmp_path / "d", 1)
     (tmp_path / "d" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "d" / "notes.txt").symlink_to("nothing")
     for loop in (tmp_path / "elsewhere" / "deep" / "back", tmp_path / "d" / "self"):
         loop.symlink_to(tmp_path / "d")
     assert [name for name, *_ in data.list_pictures(tmp_path / "d")[0]] == ["000.jpg", "linked/deep/000.jpg"]
@@ -430,6 +432,21 @@ def test_a_changed_file_makes_its_own_cache_stale_and_no_other():
     second, new = data.load_images("d", 32), set(cache_files())
     assert torch.equal(first[:3], second[:3]) and not torch.equal(first[3], second[3])
     assert old & new == others and len(new) == len(old) == 6
+
+
+def test_a_cache_that_another_run_is_just_making_is_left_alone(monkeypatch):
+    data.load_images(photos(4), 32)
+    cache_files("npy")[0].unlink()  # its .json is there already, the .npy not yet
+    fill = data.fill_cache
+    monkeypatch.setattr(data, "fill_cache", lambda *what: (cache_files("json")[0].stat(), fill(*what)))
+    assert len(data.load_images("d", 32)) == 4
+
+
+def test_a_cache_that_is_gone_when_it_is_read_is_a_warning(monkeypatch, capsys):
+    monkeypatch.setattr(data, "fill_cache", lambda file, *_, fill=data.fill_cache: (
+        fill(file, *_), file.unlink() if file.parent == Path("cache") else None))  # fmt: skip
+    assert len(data.load_images(photos(4), 32)) == 4
+    assert "warning: no cache" in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(capsys):
@@ -1030,6 +1047,13 @@ def test_the_learning_rate_rises_over_the_first_tenth_then_falls_to_zero(monkeyp
     assert np.allclose(used, expected, rtol=1e-12), "the generator at --lr, the discriminator at 2e-4"
 
 
+def test_the_speed_counts_the_pictures_that_were_trained_on(monkeypatch):
+    clock = itertools.chain([0, 0, 0], itertools.repeat(2))  # start, start of the line, step, end
+    monkeypatch.setattr(inpaint, "time", SimpleNamespace(time=lambda: next(clock)))
+    report = inpaint.train_epoch(fresh(batch=20), data.synthetic_faces(32, 32))
+    assert report["images_per_second"] == 20 / 2, "12 of 32 pictures are left over"
+
+
 def test_an_epoch_mirrors_half_of_its_pictures_and_is_shared_without_overlap(monkeypatch):
     assert 0.4 < inpaint.draw_epoch(options_for(), 0, 1000, 1000)[1].float().mean() < 0.6
     orders, flips = [[], []], []
@@ -1481,6 +1505,9 @@ def test_a_mac_with_pytorch_2_4_trains_without_autocast(monkeypatch, capsys):
     words = ["--loss", "l1+dssim+adversarial", "--epochs", 1, "--out", "run", *TINY, "--precision"]
     assert command(*words, "float32") == 0
     assert command(*words, "bfloat16") == 2 and "leave the option out" in capsys.readouterr().err
+    state = torch.load("run/last.pt") | {"epoch": 0}
+    torch.save(state | {"options": state["options"] | {"precision": "bfloat16"}}, "run/last.pt")
+    assert command("--resume", "run") == 2 and "has --precision bfloat16" in capsys.readouterr().err
 
 
 MEMORY = "inpaint.py: out of memory: try a smaller --batch, --width or --res"
@@ -1575,8 +1602,8 @@ REFUSED = {  # words: a part of the line
     "--fake output": "no discriminator", "--model gan --hole-weight 3": "does nothing with --loss",
     "--mask m.png": "leave it out, or add --restore", "--seeds 2": "or add --compare",
     "--out file": "--out file cannot be made", "--out file/run": "Not a directory",
-    "--out run": "go on with --resume run", "--resume empty": "last.pt cannot be read",
-    "--resume file": "no checkpoint", "--resume half": "give the folder of a run",
+    "--out run": "go on with --resume run", "--out half": "already holds a run",
+    "--resume empty": "last.pt cannot be read", "--resume file": "no checkpoint", "--resume half": "give the folder of a run",
     "--resume run --out x": "--out does nothing with --resume",
     "--resume run --model gan": "--model gan contradicts --model unet",
     "--resume run --seed 9": "contradicts", "--resume run --loss mse": "--loss mse contradicts --loss l1",
@@ -1851,7 +1878,7 @@ def test_a_network_trained_with_holes_anywhere_is_handed_the_mask_as_it_is(faces
     assert torch.equal(hole[0], mask) and (damaged[0] - data.damage(faces[0], mask)).abs().max() < 1e-6
 
 
-def test_look_scales_a_box_with_corners_between_pixels_and_repeats_the_border_outside(faces):
+def test_crop_resize_scales_a_box_with_corners_between_pixels_and_repeats_the_border_outside(faces):
     face, line, inner = faces[0], torch.arange(64.0), (slice(None), slice(3, -3), slice(3, -3))
     assert (inpaint.crop_resize(face, (5, 9, 25, 40), (20, 31)) - face[:, 9:40, 5:25]).abs().max() < 1e-6
     outside = inpaint.crop_resize(face, (-3, -2, 134, 68), (137, 70))
@@ -1865,6 +1892,46 @@ def test_look_scales_a_box_with_corners_between_pixels_and_repeats_the_border_ou
     assert (half[inner] - 1.5).abs().max() < 1e-3
     third, at = inpaint.crop_resize(plane, (10.25, 20.5, 46.25, 56.5), (12, 12)), 3 * torch.arange(12.0) + 1
     assert (third - (10.25 + at) - 2 * (20.5 + at[:, None]))[inner].abs().max() < 0.1
+
+
+def test_a_hole_across_a_long_photo_does_not_need_the_memory_of_its_square(monkeypatch):
+    pad, sizes = F.pad, []
+
+    def spy(z, beyond, **more):
+        padded = pad(z, beyond, **more)
+        sizes.append(padded.numel())
+        return padded
+
+    monkeypatch.setattr(F, "pad", spy)
+    line = torch.linspace(0, 1, 6000).expand(3, 4, 6000)
+    small = inpaint.crop_resize(line, (0, -2998, 6000, 3002), (64, 64))
+    assert (small - torch.linspace(0, 1, 64)).abs().max() < 0.01 and 0 < max(sizes) < 10**6
+
+
+def test_a_restored_photo_keeps_the_meaning_of_its_colours(tiny_run):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for mode, kept in (("RGB", True), ("RGBA", True), ("CMYK", False)):
+        drawn(40, 40).convert(mode).save("me.tif", icc_profile=profile.replace(b"RGB ", b"CMYK", not kept))
+        assert restore(tiny_run, "me.tif", "--out", mode) == 0
+        assert Image.open(f"{mode}/me-restored.png").info.get("icc_profile") == (profile if kept else None)
+
+
+def test_photos_are_restored_in_the_precision_that_the_device_is_fast_at(tiny_run, monkeypatch):
+    state, used = torch.load(tiny_run / "best.pt"), []
+    torch.save(state | {"options": state["options"] | {"precision": "bfloat16"}}, "best.pt")
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    run = inpaint.run_ema
+    monkeypatch.setattr(inpaint, "run_ema", lambda *what: used.append(what[3]["precision"]) or run(*what))
+    drawn(40, 40).save("me.png")
+    assert restore(Path(), "me.png") == 0 and used == ["float32"]
+
+
+def test_an_empty_folder_among_photos_is_named_and_the_photos_are_restored(tiny_run, capsys):
+    drawn(40, 40).save("me.png")
+    Path("empty").mkdir()
+    assert restore(tiny_run, "empty", "me.png") == 2 and Path("restored/me-restored.png").exists()
+    assert "1 of 1 photos are restored; empty holds no picture" in capsys.readouterr().err
 
 
 def test_masks_as_people_make_them_are_understood(capsys):
