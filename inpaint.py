@@ -285,14 +285,19 @@ REALISM = ("swd_hole", "sharpness")
 FIGURES = (*losses.METRICS, *REALISM)
 
 
+def part_size(pixels: torch.Tensor) -> int:
+    """How many pictures are measured at once: 100 at 64 px, and as much memory at any resolution."""
+    return max(1, 100 * 64**2 // pixels.shape[2] ** 2)
+
+
 def validate(painter, pixels: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
     """All FIGURES over a validation set, uint8 (N, 3, res, res): means over pictures, and two of realism.
 
     `painter(damaged)` -> output (B, 3, res, res): a network, or a method without one. Both measures of
-    realism look at the first pictures only, 800 of them at 64 px.
+    realism look at the first 8 parts only: 800 pictures at 64 px.
     """
-    values, kept, most = [], [], max(1, 800 * 64**2 // pixels.shape[2] ** 2)
-    for part in pixels.split(max(1, most // 8)):  # as much memory at any resolution
+    values, kept = [], []
+    for part in pixels.split(part_size(pixels)):
         image = part.to(mask.device).float() / 255
         output = painter(data.damage(image, mask))
         restored = data.paste(output, image, mask)
@@ -714,7 +719,7 @@ def baselines(parts: tuple, mask: torch.Tensor, image: torch.Tensor) -> list[dic
         result |= {"parameters": 0, "minutes": (time.time() - began) / 60}
         faces = data.paste(painter(data.damage(image, mask)), image, mask)
         table.append(empty | {"network": name, "runs": [result], "faces": faces})
-    count = min(800, len(validation) // 2)
+    count = min(8 * part_size(validation), len(validation) // 2)  # as many as validate looks at
     if count:
         one, other = validation[:count].float() / 255, validation[-count:].float() / 255
         floor = dict.fromkeys(COLUMNS[3:-1], math.nan) | {"swd_hole": losses.swd(one, other, mask.cpu())}
