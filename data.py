@@ -737,11 +737,10 @@ COLOURS = ["#1b6ca8", "#d1495b", "#2e933c", "#b8791a", "#6a4c93"]
 def chart(
     title: str, x_title: str, series: dict[str, list[tuple]], width: int = 480, height: int = 300
 ) -> Image.Image:
-    """Curves {name: [(x, y), ...]}, or labelled points where a series has one; each name stands beside its
-    last point.
+    """Curves {name: [(x, y), ...]}, or points where a series has one; the names stand at the right.
 
-    Names that would overlap are moved down, and a thin line leads to their point. What is not finite is
-    left out.
+    A thin line leads from the last point to its name. Names that would overlap are moved down. What is not
+    finite is left out.
     """
     font, left, top, bottom = ImageFont.load_default(13), 58, 34, height - 40
     right = width - 20 - max(round(font.getlength(name)) for name in series)
@@ -773,8 +772,8 @@ def chart(
             pen.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
         x, y = spots[-1]
         taken = max(taken + 15, min(y, bottom - 15 * (len(series) - 1 - k)))
-        pen.line((x, y, x + 8, taken), "#bbbbbb")
-        pen.text((x + 10, taken), name, colour, font, "lm")
+        pen.line((x + 4, y, right + 8, taken), "#bbbbbb")
+        pen.text((right + 10, taken), name, colour, font, "lm")
     return sheet
 
 
