@@ -436,8 +436,8 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tupl
 def open_run(folder: Path, options: dict, device: torch.device, checksums: torch.Tensor) -> Run:
     """The run in a folder as its last.pt has it, with these options; InputError for other pictures."""
     if choose_precision(options["precision"], device) != options["precision"]:
-        raise InputError(f"the run in {folder} has --precision {options['precision']}; this PyTorch has none"
-                         f" for {device.type}: go on where it began")  # fmt: skip
+        raise InputError(f"the run in {folder} has --precision {options['precision']}; this PyTorch has"
+                         f" none for {device.type}: go on where it began")  # fmt: skip
     run, (_, world) = Run(options, device), rank_and_world()
     state = read_checkpoint(folder / "last.pt", device)
     try:
