@@ -66,8 +66,8 @@ SMOOTH = 0.1  # the target for real pictures is 0.9, so that the discriminator i
 class Run:
     """What a run is made of: its options, networks, averaged generator, optimisers, counters and log.
 
-    `--model` decides how the first weights are drawn (PyTorch's way or DCGAN's), the seed which they are. The
-    loss decides whether there is a discriminator. `ema` is the averaged generator.
+    The seed and `--model` decide the first weights: `--model` says how they are drawn, PyTorch's way or
+    DCGAN's. The loss decides whether there is a discriminator. `ema` is the averaged generator.
     """
 
     def __init__(self, options: dict, device: torch.device):

@@ -29,8 +29,8 @@ def weighted_mean(error: torch.Tensor, mask: torch.Tensor, hole_weight: float) -
 
 
 def l1(output: torch.Tensor, image: torch.Tensor, mask: torch.Tensor, hole_weight: float = 1) -> torch.Tensor:
-    """mean |output - image| -> (): the U-Net's loss in table 1. If several values are
-    possible, it is lowest at their median."""
+    """mean |output - image| -> (): the U-Net's loss in table 1. If several values are possible, it is
+    lowest at their median."""
     return weighted_mean((output - image).abs(), mask, hole_weight)
 
 
