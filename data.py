@@ -575,7 +575,8 @@ def draw_faces(random: torch.Tensor, res: int) -> torch.Tensor:
 
 
 def synthetic_faces(n: int, res: int, seed: int = 0) -> torch.Tensor:
-    """Draw n faces: uint8 (n, 3, res, res), always the same for a seed, aligned like CelebA's.
+    """Draw n faces: uint8 (n, 3, res, res), aligned like CelebA's. A seed always gives the same ones, but for
+    the rounding of another kind of processor.
 
     Head, hair, ears, brows, eyes, nose, mouth, neck, shoulders and background vary in colour, shape, pose,
     light and expression. Much of what the hole hides follows from the rest, but not all.

@@ -207,13 +207,11 @@ def nearest_face(
     """
     known = (mask[0] == 0).expand(damaged.shape[1:]).flatten()
     ours = damaged.flatten(1)[:, known]  # (B, known values)
-    best, found = [], []
+    distances = []  # less |damaged|^2, (B, part) each
     for theirs in training.split(part):
         theirs = theirs.to(damaged.device).flatten(1)[:, known].float() / 255
-        distance, place = (theirs.square().sum(1) - 2 * ours @ theirs.T).min(1)
-        best.append(distance)
-        found.append(place + part * len(found))
-    chosen = torch.stack(found).gather(0, torch.stack(best).argmin(0, keepdim=True))[0]
+        distances.append(theirs.square().sum(1) - 2 * ours @ theirs.T)
+    chosen = torch.cat(distances, 1).argmin(1)
     return training[chosen.to(training.device)].to(damaged.device).float() / 255
 
 

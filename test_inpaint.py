@@ -1246,6 +1246,7 @@ def test_a_checkpoint_from_before_an_option_existed_loads_evaluates_and_is_not_r
     torch.save(state, "run/last.pt")
     ema, options = inpaint.load_generator("run/last.pt", "cpu")
     assert same_weights(ema, run.ema) and options == run.options, "with what was built in then"
+    assert same_weights(inpaint.load_generator("new.pt", "cpu")[0], run.ema), "keep is what the weights say"
     assert command("--evaluate", "run/last.pt", "--device", "cpu") == 0
     assert json.loads(capsys.readouterr().out)["pictures"] == 8
     assert command("--resume", "run", "--device", "cpu") == 2
@@ -1299,6 +1300,15 @@ def test_a_run_goes_on_with_the_same_pictures_only_wherever_they_and_it_are(tmp_
     assert len(read_csv("carried/log.csv")) == 2
 
 
+def test_a_run_on_drawn_faces_goes_on_where_another_processor_rounds_them_otherwise():
+    assert command("--epochs", 1, "--out", "run", *TINY) == 0
+    state = torch.load("run/last.pt")
+    state["checksums"][0] += 1
+    torch.save(state, "run/last.pt")
+    assert command("--resume", "run", "--epochs", 2, "--device", "cpu") == 0
+    assert len(read_csv("run/log.csv")) == 2
+
+
 def test_a_run_among_its_own_pictures_trains_goes_on_and_never_becomes_data(tmp_path, monkeypatch):
     monkeypatch.chdir(write_photos(tmp_path / "pictures", 12, 40))
     counts, load = [], data.load_images
@@ -1349,7 +1359,9 @@ def test_compare_fills_the_table_and_goes_on_where_it_was_stopped(monkeypatch, c
     stopped(monkeypatch, 0)
     assert command(*COMPARE, "--out", "cmp", "--seeds", 2) == 130
     assert len(read_csv("cmp/table.csv")) == len(table), "if stopped at once, a whole table loses no row"
-    assert command(*COMPARE, "--out", "cmp", "--epochs", 2) == 2 and "contradicts" in capsys.readouterr().err
+    used = inpaint.read_checkpoint(next(Path("cmp").glob("*/last.pt")))["options"]["precision"]
+    for words in (["--epochs", 2], ["--precision", {"float32": "bfloat16"}.get(used, "float32")]):
+        assert command(*COMPARE, "--out", "cmp", *words) == 2 and "contradicts" in capsys.readouterr().err
 
 
 def test_compare_trains_each_row_k_times_and_gives_mean_and_deviation(monkeypatch):
@@ -1449,6 +1461,10 @@ def test_under_torchrun_one_process_evaluates_and_one_tells_a_mistake(tiny_run, 
         assert command("--evaluate", tiny_run / "best.pt", "--device", "cpu") == 0
         assert bool(capsys.readouterr().out) == (rank == "0")
         assert command("--epochs", "0") == 2 and bool(capsys.readouterr().err) == (rank == "0")
+        with monkeypatch.context() as patch:
+            patch.setattr(inpaint, "run_job", failing(RuntimeError("CUDA out of memory")))
+            assert command() == 2
+        assert "out of memory" in capsys.readouterr().err, "what went wrong on a machine is told by each"
 
 
 @slow
@@ -1829,7 +1845,7 @@ def test_a_photo_of_the_networks_size_is_shown_and_painted_as_by_evaluate_to_the
     (ema, options), hole, pixels = network(), data.center_hole(64, 0.3), data.synthetic_faces(1, 64)
     inpaint.validate(lambda damaged: inpaint.run_ema(ema, damaged, hole, options), pixels, hole)
     image, painted = pixels.float() / 255, inpaint.run_ema(ema, shown[0][0], hole, options)
-    monkeypatch.setattr(models, "harmonic", lambda z, mask: torch.zeros_like(z))  # no join
+    monkeypatch.setattr(models, "harmonic", lambda z, mask: z * (1 - mask))  # no join
     restored = inpaint.fill(ema, options, image[0], inpaint.photo_mask(None, drawn(64, 64), options))
     evaluated, _, ours = shown
     assert torch.equal(evaluated[1], ours[1]) and ours[1].nonzero()[:, 2:].aminmax() == (22, 40)
@@ -1854,6 +1870,15 @@ def test_a_hole_anywhere_in_a_larger_photo_is_shown_where_it_was_in_training(box
     expected = photo[:, rows][:, :, columns]
     right, moved = (((damaged[0] - z).abs() * (1 - hole[0])).mean() for z in (expected, expected.roll(1, 2)))
     assert right < 0.02 and right < 0.7 * moved
+
+
+@pytest.mark.parametrize("box", [(0, 0, 57, 57), (150, 0, 42, 192), (60, 135, 57, 57)])
+def test_beyond_a_hole_at_the_photos_edge_the_network_sees_the_colours_around_it(box, shown):
+    (ema, options), mask, (top, left, tall, wide) = network(), torch.zeros(1, 192, 192), box
+    mask[:, top : top + tall, left : left + wide] = 1
+    inpaint.fill(ema, options, torch.full((3, 192, 192), 0.7), mask)
+    ((damaged, hole),) = shown
+    assert ((damaged - 0.7) * (1 - hole)).abs().max() < 0.01, "and not black"
 
 
 def test_the_join_changes_the_psnr_of_the_hole_by_less_than_a_seventh_of_a_decibel():
