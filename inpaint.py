@@ -1094,12 +1094,7 @@ def complete_options(given: dict, device: torch.device) -> dict:
     if options["val"] == 1:
         raise InputError("--val 1 leaves no picture to train on: it is for --evaluate only")
     check_options(options)
-    precision = choose_precision(options["precision"], device)
-    if options["precision"] == "bfloat16" != precision:
-        raise InputError(
-            f"--precision bfloat16: this PyTorch has none for {device.type}; leave the option out"
-        )
-    return options | {"precision": precision}
+    return options | {"precision": choose_precision(options["precision"], device)}
 
 
 def check_options(options: dict) -> None:
@@ -1229,11 +1224,15 @@ def run_job(given: dict) -> None:
     job = choose_job(given)
     if "data" in given:
         given["data"] = data_path(given["data"])
+    device = choose_device(device_name)
+    if given.get("precision") == "bfloat16" != choose_precision("bfloat16", device):
+        raise InputError(
+            f"--precision bfloat16: this PyTorch has none for {device.type}; leave the option out"
+        )
     if job in ("evaluate", "restore"):
         if not launched() or os.environ["RANK"] == "0":  # one process is enough
-            {"evaluate": evaluate, "restore": restore_photos}[job](given, choose_device(device_name))
+            {"evaluate": evaluate, "restore": restore_photos}[job](given, device)
         return
-    device = choose_device(device_name)
     with processes(device):
         if job == "compare":
             compare(given, device)

@@ -1521,7 +1521,8 @@ def test_a_mac_with_pytorch_2_4_trains_without_autocast(monkeypatch, capsys):
     monkeypatch.setattr(torch, "autocast", failing(RuntimeError("unsupported autocast device_type 'mps'")))
     words = ["--loss", "l1+dssim+adversarial", "--epochs", 1, "--out", "run", *TINY, "--precision"]
     assert command(*words, "float32") == 0
-    assert command(*words, "bfloat16") == 2 and "leave the option out" in capsys.readouterr().err
+    for words in (words, ["--evaluate", "run/best.pt", "--precision"]):
+        assert command(*words, "bfloat16") == 2 and "leave the option out" in capsys.readouterr().err
     state = torch.load("run/last.pt") | {"epoch": 0}
     torch.save(state | {"options": state["options"] | {"precision": "bfloat16"}}, "run/last.pt")
     assert command("--resume", "run") == 2 and "has --precision bfloat16" in capsys.readouterr().err
