@@ -440,7 +440,8 @@ def open_run(folder: Path, options: dict, device: torch.device, fingerprint: tor
             run.optimizers[name].load_state_dict(state["optimizers"][name])
             run.optimizers[name].param_groups[0]["fused"] = device.type != "mps"  # perhaps another device's
         run.step, run.epoch, run.log = state["step"], state["epoch"], state["log"]
-        run.fingerprint, processes = state["fingerprint"].cpu(), state["processes"]
+        run.fingerprint = state.get("fingerprint", fingerprint).cpu()  # an older run has none to compare
+        processes = state["processes"]
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{folder / 'last.pt'} is damaged, or of an older version: start a new run"
