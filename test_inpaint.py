@@ -1122,6 +1122,18 @@ def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(what
     assert state["epoch"] == 1 and all(torch.isfinite(value).all() for value in state["generator"].values())
 
 
+def test_a_cpu_trains_in_bfloat16_only_where_that_is_faster(monkeypatch):
+    intel, amd, fast = {"cpu_name": "Intel Xeon"}, {"cpu_name": "AMD EPYC"}, {"avx512_bf16": True}
+    expected = [(intel, "float32"), (amd, "float32"), (intel | fast, "float32"), (amd | fast, "bfloat16")]
+    expected += [(intel | fast | {"amx_bf16": True}, "bfloat16"), ({}, "float32"), (fast, "float32")]
+    for cpu, precision in expected:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda cpu=cpu: cpu, raising=False)
+        assert inpaint.choose_precision("auto", torch.device("cpu")) == precision
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # before PyTorch 2.11
+    assert inpaint.choose_precision("auto", torch.device("cpu")) == "float32"
+    assert inpaint.choose_precision("bfloat16", torch.device("cpu")) == "bfloat16"
+
+
 def test_bfloat16_trains_and_its_losses_and_metrics_are_float32(monkeypatch):
     seen, measure, distances = set(), losses.measure, losses.distances
 
@@ -1957,8 +1969,7 @@ def test_a_restored_photo_keeps_the_meaning_of_its_colours(tiny_run):
 def test_photos_are_restored_in_the_precision_that_the_device_is_fast_at(tiny_run, monkeypatch):
     state, used = torch.load(tiny_run / "best.pt"), []
     torch.save(state | {"options": state["options"] | {"precision": "bfloat16"}}, "best.pt")
-    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     run = inpaint.run_ema
     monkeypatch.setattr(inpaint, "run_ema", lambda *what: used.append(what[3]["precision"]) or run(*what))
     drawn(40, 40).save("me.png")
