@@ -89,7 +89,7 @@ PICTURES = (
 )  # fmt: skip
 LARGEST_FILE = 1 << 28  # a picture file of more than 256 MB is a mistake or an attack
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow warns, open_photo refuses
-# A long comment costs no picture.
+# A PNG with a long comment is a picture too.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = LARGEST_FILE
 SIGNATURE = "inpaint.py"  # stands in every picture that this program writes: its outputs are never its data
 
@@ -99,7 +99,7 @@ class InputError(Exception):
 
 
 class Broken(InputError):
-    """A file that was read and holds no picture. (One that cannot be read just now may be whole.)"""
+    """A file that was read and holds no picture. (One that cannot be read is an OSError: it may be good.)"""
 
 
 def open_photo(content: bytes, shortest: int | None = None, behind: str = "white") -> Image.Image:
@@ -412,7 +412,8 @@ def report_left_out(path: Path, left_out: list, total: int, named: bool = True) 
 def split(pixels: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(training part, validation part): the first and the last by name (section 2.5: 80 % and 20 %).
 
-    By order and not at random: CelebA's official partition runs by number too and keeps people apart.
+    By order and not at random: for all of CelebA this is nearly the official partition, in which nobody is on
+    both sides.
     """
     cut = len(pixels) - round(len(pixels) * share)
     return pixels[:cut], pixels[cut:]
@@ -421,8 +422,8 @@ def split(pixels: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tenso
 def fingerprint(pixels: torch.Tensor) -> torch.Tensor:
     """What each picture looks like from afar, (N, 12): the mean colour of its four quarters, 0 to 255.
 
-    The same pictures have nearly the same, wherever they lie: another processor decodes or draws a few values
-    otherwise.
+    The same picture has nearly the same 12 numbers everywhere. They are not quite equal, because another
+    processor decodes or draws some pixels a little differently.
     """
     half = pixels.shape[2] // 2
     quarters = [torch.nn.functional.avg_pool2d(part.float(), half) for part in pixels.split(100)]

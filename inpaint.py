@@ -520,8 +520,8 @@ def write_pictures(folder: Path, run: Run, pixels: torch.Tensor, mask: torch.Ten
 
 
 def best_row(run: Run) -> dict:
-    """The epoch whose weights best.pt holds: the best in the hole. Of a GAN the last: PSNR does not see what
-    its discriminator adds."""
+    """The epoch whose weights best.pt holds: the best in the hole; with a discriminator the last one, because
+    PSNR does not reward the detail that it adds."""
     return run.log[-1] if run.discriminator else max(run.log, key=lambda row: row["psnr_hole"])
 
 
@@ -813,9 +813,10 @@ def fill(ema: models.UNet, options: dict, photo: torch.Tensor, mask: torch.Tenso
     """Paint the hole of a photo of any size: photo (3, H, W) in [0, 1], mask (1, H, W) -> restored (3, H, W).
 
     The network looks through a square of the photo that is placed so that the hole's bounding square lies
-    exactly where the hole was in training: a network knows its hole's place, not its mask. What it paints
-    is scaled back. At the rim, the photo differs a little from what the network painted for the same known
-    pixels. That difference is carried on into the hole by Laplace's equation and added, so no step is left.
+    exactly where the hole was in training: a network relies on that place more than on its mask. What it
+    paints is scaled back. At the rim, the photo differs a little from what the network painted for the same
+    known pixels. That difference is carried on into the hole by Laplace's equation and added, so no step is
+    left.
     """
     res, (first, side), known = options["res"], hole_of(options), 1 - mask
     seen = photo * known
@@ -828,7 +829,7 @@ def fill(ema: models.UNet, options: dict, photo: torch.Tensor, mask: torch.Tenso
     share = crop_resize(known, square, (res, res))
     image = (crop_resize(seen, square, (res, res)) / share.clamp(min=1e-6)).clamp(0, 1)[None]
     unknown = (share < 0.5).float()[None]
-    image = models.harmonic(image, unknown)  # beyond the photo's edge, a hole at the edge has no mask over it
+    image = models.harmonic(image, unknown)  # beyond the photo's edge too: the hole's mask ends before it
     random = options["hole_at"] == "random"  # such a network has learnt to use its mask
     hole = unknown if random else data.center_hole(res, options["hole"])
     damaged, device = data.damage(image, hole), next(ema.parameters()).device
@@ -1283,8 +1284,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def stop(message: str, code: int, everyone: bool = False) -> None:
-    """One line on stderr and the exit code. Of several processes, all meet the user's mistake and the first
-    tells it; what went wrong on a machine (`everyone`) is told by the process that met it."""
+    """One line on stderr and the exit code. Of several processes, each sees the user's mistake and only the
+    first tells it; what went wrong on one machine (`everyone`) is told by the process that saw it."""
     if everyone or not launched() or os.environ["RANK"] == "0":
         data.say("inpaint.py: " + re.sub(r"\s+", " ", message))
     sys.exit(code)

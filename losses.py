@@ -86,7 +86,7 @@ def ssim(x: torch.Tensor, y: torch.Tensor, data_range: float = 1.0) -> torch.Ten
     sliding a window along an axis is a product with a banded matrix, so `blur` is two matrix products. The
     formula needs vx + vy but neither alone, so four blurred maps are enough. Why it is exact: E[x^2] -
     E[x]^2 loses its digits where x is bright and even. Variances do not change when a constant is
-    subtracted, so each picture's mean is. It is float32 under autocast too; float64 stays.
+    subtracted, so we subtract each picture's mean first. It is float32 under autocast too; float64 stays.
     """
     if x.shape != y.shape or x.dim() != 4:
         raise ValueError(
