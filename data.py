@@ -20,6 +20,7 @@ import json
 import math
 import multiprocessing
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -122,7 +123,8 @@ def open_photo(content: bytes, shortest: int | None = None, behind: str = "white
     except Broken:
         raise
     except Exception as error:  # a broken file can raise anything: OSError, SyntaxError, struct.error, ...
-        raise Broken(f"not a picture that can be read ({str(error) or type(error).__name__})") from error
+        why = str(error).partition(" <")[0] or type(error).__name__  # what follows is an address in memory
+        raise Broken(f"not a picture that can be read ({why})") from error
     with contextlib.suppress(Exception):  # an orientation that cannot be read does not cost the picture
         ImageOps.exif_transpose(picture, in_place=True)
     return to_rgb(picture, behind)
@@ -154,7 +156,7 @@ def to_rgb(picture: Image.Image, behind: str) -> Image.Image:
         return flat
     if picture.mode[0] not in "IF":
         return picture if picture.mode == "RGB" else picture.convert("RGB")
-    values = np.nan_to_num(np.asarray(picture).astype(np.float32))
+    values = np.nan_to_num(np.asarray(picture).astype(np.float32), posinf=0, neginf=0)
     top = max(1.0 if picture.mode == "F" else 65535.0, float(values.max()))
     return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
 
@@ -220,7 +222,7 @@ def walk(path: Path) -> list[tuple]:
 
     for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
         real = os.path.realpath(folder)
-        folders[:] = [name for name in folders if real not in seen and not hidden(name)]
+        folders[:] = [name for name in sorted(folders) if real not in seen and not hidden(name)]
         for name in names if real not in seen else ():
             if hidden(name):
                 continue
@@ -607,8 +609,8 @@ def whole_file(path: Path):
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > 3600:  # a living one writes to its own all the time
                 old.unlink()
-    # The number of the process is in the name: two runs must not write to one file.
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Two runs, perhaps on two machines, must not write to one file.
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(aside, "wb") as stream:
             yield stream

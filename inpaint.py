@@ -222,23 +222,23 @@ def learning_rate(highest: float, step: int, total: int) -> float:
 
 def train_epoch(run: Run, training: torch.Tensor) -> dict[str, float]:
     """All batches of one epoch -> its speed, and the means of what training_step reports."""
-    options, sums, began, (rank, world) = run.options, {}, time.time(), rank_and_world()
+    options, sums, began, (rank, world) = run.options, {}, time.perf_counter(), rank_and_world()
     here = len(training) // world  # pictures for this process
     batch = min(options["batch"], here)
     steps = here // batch
     total = options["epochs"] * steps
     order, flip, boxes = draw_epoch(options, run.epoch, len(training), steps * batch)
     boxes, shown = boxes.to(run.device), began
+    highest = {"generator": options["lr"], "discriminator": DISCRIMINATOR_RATE}
     for i, image in enumerate(data.batches(training, batch, order, flip, run.device)):
-        for name, highest in (("generator", options["lr"]), ("discriminator", DISCRIMINATOR_RATE)):
-            if name in run.optimizers:
-                rate = learning_rate(highest, run.epoch * steps + i, total)
-                run.optimizers[name].param_groups[0]["lr"] = rate
+        for name, optimizer in run.optimizers.items():
+            rate = learning_rate(highest[name], run.epoch * steps + i, total)
+            optimizer.param_groups[0]["lr"] = rate
         report = training_step(run, image, data.box_mask(boxes[i * batch : (i + 1) * batch], options["res"]))
         sums = {name: sums.get(name, 0) + value for name, value in report.items()}
-        if rank == 0 and time.time() - shown > 1:
+        if rank == 0 and time.perf_counter() - shown > 1:
             check_finite(run, sums)
-            shown = time.time()
+            shown = time.perf_counter()
             rate, done = (i + 1) * batch * world / (shown - began), run.epoch * steps + i + 1
             means = "  ".join(f"{name} {float(value) / (i + 1):.4f}" for name, value in sums.items())
             data.progress(
@@ -248,7 +248,7 @@ def train_epoch(run: Run, training: torch.Tensor) -> dict[str, float]:
     check_finite(run, sums)
     for network in (*run.networks.values(), run.ema):
         check_finite(run, {f"a weight ({name})": value.sum() for name, value in network.state_dict().items()})
-    speed = {"images_per_second": steps * batch * world / (time.time() - began)}
+    speed = {"images_per_second": steps * batch * world / (time.perf_counter() - began)}
     return speed | {name: float(value) / steps for name, value in sums.items()}
 
 
@@ -334,11 +334,22 @@ def load_data(options: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return training, validation
 
 
+WRITTEN = (
+    "last.pt", "best.pt", "config.json", "results.json", "log.csv", "curves.png", "grid.png", "training.gif",
+    "frames",
+)  # fmt: skip
+
+
 def new_folder(out: str | None, options: dict) -> Path:
-    """Make the folder of a new run: --out, or runs/MODEL-LOSS-ACT-RES with a number that no other run has."""
-    if out and any((Path(out) / name).exists() for name in ("best.pt", "last.pt")):
-        raise InputError(f"--out {out} already holds a run: go on with --resume {out}, or name another")
+    """Make the folder of a new run: --out, or runs/MODEL-LOSS-ACT-RES with a number that no other run has.
+
+    InputError if --out holds a file that a run would write over.
+    """
     if out:
+        taken = [name for name in WRITTEN if (Path(out) / name).exists()]
+        if taken:
+            what = f"a run: go on with --resume {out}, or" if "last.pt" in taken else f"{taken[0]}:"
+            raise InputError(f"--out {out} already holds {what} name another folder")
         try:
             Path(out).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -537,7 +548,8 @@ def finish_epoch(run: Run, folder: Path, row: dict, validation: torch.Tensor, ma
     write_pictures(folder, run, validation, mask, best)
     write_log(folder, run)
     if run.epoch == run.options["epochs"]:
-        frames = [PIL.Image.open(file).convert("RGB") for file in sorted((folder / "frames").glob("*.png"))]
+        files = [folder / "frames" / f"{epoch:04d}.png" for epoch in range(run.epoch + 1)]
+        frames = [PIL.Image.open(file).convert("RGB") for file in files if file.exists()]
         data.save(folder / "training.gif", data.gif(frames))
     save_checkpoint(folder / "last.pt", run, everything=True)
     data.progress(None)
@@ -563,9 +575,9 @@ def train(run: Run, folder: Path, parts: tuple[torch.Tensor, torch.Tensor]) -> N
     if world > 1:
         share_gradients(run)
     while run.epoch < options["epochs"]:
-        began = time.time()
+        began = time.perf_counter()
         report = train_epoch(run, training)
-        seconds = time.time() - began
+        seconds = time.perf_counter() - began
         average_buffers(run)
         run.epoch += 1
         if rank == 0:
@@ -594,7 +606,7 @@ def train_command(options: dict, given: dict, device: torch.device) -> None:
     try:
         train(run, folder, parts)
     except KeyboardInterrupt:
-        resume = f"python inpaint.py --resume {shlex.quote(str(folder))}"
+        resume = f"python inpaint.py --resume {shlex.quote(folder.as_posix())}"
         stop(f"stopped; go on from the last epoch with: {resume}", 130)
     if rank == 0:
         best = best_row(run)
@@ -649,23 +661,25 @@ COLUMNS = ["network", "loss", "activation", "parameters", "minutes", *FIGURES, "
 def compare(given: dict, device: torch.device) -> None:
     """Train the rows that are not finished; write table.md, table.csv, tradeoff.png and comparison.png."""
     out, first, seeds = Path(given.get("out", "runs/compare")), given.get("seed", 0), given.get("seeds", 1)
-    wanted = [(name, {"res": 64, "epochs": 10} | row | given, paper) for name, row, paper in ROWS]
-    wanted = [(name, row, paper) for name, row, paper in wanted if 2 ** row.get("depth", 1) <= row["res"]]
-    wanted = [(name, complete_options(row, device), paper) for name, row, paper in wanted]
-    parts = load_data(wanted[0][1])
+    table = []
+    for name, row, paper in ROWS:
+        row = {"res": 64, "epochs": 10} | row | given
+        if 2 ** row.get("depth", 1) <= row["res"]:
+            options = complete_options(row, device)
+            shown = {"network": name, "loss": options["loss"], "act": options["act"], "paper": paper}
+            table.append(shown | {"options": options, "runs": []})
+    options = table[0]["options"]
+    parts = load_data(options)
     fingerprint = torch.cat([data.fingerprint(part) for part in parts])
-    mask = data.center_hole(wanted[0][1]["res"], wanted[0][1]["hole"]).to(device)
+    mask = data.center_hole(options["res"], options["hole"]).to(device)
     image = parts[1][:6].to(device).float() / 255
     damaged, below = data.damage(image, mask), baselines(parts, mask, image)
-    table = [
-        {"network": name, "loss": options["loss"], "act": options["act"], "paper": paper, "runs": []}
-        for name, options, paper in wanted
-    ]
     say("| " + " | ".join(COLUMNS) + " |")
     for seed in range(first, first + seeds):
-        for row, (_, options, _) in zip(table, wanted):
-            folder = out / row_folder(options | {"seed": seed})
-            figures, trained = finish_row(folder, options | {"seed": seed}, given, parts, fingerprint, device)
+        for row in table:
+            options = row["options"] | {"seed": seed}
+            folder = out / row_folder(options)
+            figures, trained = finish_row(folder, options, given, parts, fingerprint, device)
             row["runs"].append(figures)
             ema, stored = load_generator(folder / "best.pt", device)
             if "faces" not in row:  # the first seed's
@@ -876,19 +890,35 @@ def restore_photo(ema: models.UNet, options: dict, file: Path, mask_file: str | 
     image = pixels.float() / 255
     restored = fill(ema, options, image, mask).mul(255).round().to(torch.uint8)
     picture = data.to_picture(torch.where(mask > 0, restored, pixels))
-    name, n = file.stem, 1
-    while any((out / f"{name}-{kind}.png").exists() for kind in ("restored", "compare")):
-        n += 1
-        name = f"{file.stem}-{n}"
     profile = photo.info.get("icc_profile") or b""
     # The same colours on the same screen.
     picture.info["icc_profile"] = profile if profile[16:20] == b"RGB " else None
-    out.mkdir(parents=True, exist_ok=True)
-    data.save(out / f"{name}-restored.png", data.png(picture))
     parts = {"damaged": data.to_picture(data.damage(image, mask)), "restored": picture}
     parts |= {} if mask_file else {"original": photo}
-    data.save(out / f"{name}-compare.png", data.png(data.side_by_side(parts)))
-    print(out / f"{name}-restored.png", out / f"{name}-compare.png", flush=True)
+    contents = data.png(picture), data.png(data.side_by_side(parts))
+    name = free_name(out, file.stem)
+    files = out / f"{name}-restored.png", out / f"{name}-compare.png"
+    try:
+        data.save(files[0], contents[0])
+    except BaseException:
+        files[0].unlink(missing_ok=True)  # the empty one
+        raise
+    data.save(files[1], contents[1])
+    print(*files, flush=True)
+
+
+def free_name(out: Path, stem: str) -> str:
+    """stem, or stem-2, stem-3, ...: the first that no picture in `out` has.
+
+    It makes an empty -restored.png, so that another process takes another name.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        name = stem if number == 1 else f"{stem}-{number}"
+        with contextlib.suppress(FileExistsError):
+            if not (out / f"{name}-compare.png").exists():
+                (out / f"{name}-restored.png").touch(exist_ok=False)
+                return name
 
 
 def restore_photos(given: dict, device: torch.device) -> None:
@@ -908,6 +938,8 @@ def restore_photos(given: dict, device: torch.device) -> None:
             files += [file for file in found if not path.is_dir() or not written_here(file)]
         except InputError as error:
             failed.append(str(error))
+        except OSError as error:
+            failed.append(f"{path}: {error.strerror}")
     if not files and not failed:
         raise InputError(
             f"{' '.join(given['restore'])} holds only what this program wrote: name other photos"
@@ -1068,7 +1100,9 @@ def flag(name: str) -> str:
 def choose_job(given: dict) -> str:
     """Which job is asked for; InputError for an option that it does not use."""
     job = next((name for name in USES if name in given), "train")
-    for name in given:
+    for name, value in given.items():
+        if "" in (value if isinstance(value, list) else [value]):
+            raise InputError(f"{flag(name)} '': give the path, or leave it out")
         if name not in USES[job] | {job}:
             place = "in a training" if job == "train" else f"with --{job}"
             add = "".join(f", or add --{other}" for other in USES if job == "train" and name in USES[other])
@@ -1143,12 +1177,11 @@ def refuse_changes(given: dict, stored: dict, whose: str) -> None:
 def data_path(text: str) -> str:
     """--data as a run keeps it: absolute, so that it can go on from anywhere; 'synthetic' means drawn
     faces."""
-    if text == "synthetic" and not Path(text).exists():
-        return text
-    if text in ("", "synthetic"):
-        raise InputError(f"--data {text!r}: give the path of a folder or zip (./synthetic for that name),"
-                         " or leave it out for drawn faces")  # fmt: skip
-    return os.path.abspath(text)
+    if text != "synthetic":
+        return os.path.abspath(text)
+    if Path(text).exists():
+        raise InputError(f"--data {text}: give ./{text} for the folder, or leave it out for drawn faces")
+    return text
 
 
 def choose_device(name: str) -> torch.device:

@@ -192,7 +192,7 @@ def first_guess(damaged: torch.Tensor, mask: torch.Tensor, rounds: int) -> torch
 
 def mean_face(training: torch.Tensor) -> torch.Tensor:
     """The mean of the training pictures, uint8 (N, 3, H, W) -> float (1, 3, H, W) in [0, 1]."""
-    total = sum(part.double().sum(0, keepdim=True) for part in training.split(1000))
+    total = sum(part.double().sum(0, keepdim=True) for part in training.split(100))
     return (total / len(training) / 255).float()
 
 

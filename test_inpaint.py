@@ -25,6 +25,7 @@ import threading
 import time
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,6 +156,18 @@ def test_every_mode_of_pillow_becomes_rgb_scaled_and_not_clipped(mode, kind, cle
     pixels = data.to_tensor(data.open_photo(content)).float()
     assert pixels.shape == (3, 40, 40) and pixels[:, :, :4].mean() < 50 and pixels[:, :, -4:].mean() > 205
     assert mode == "1" or abs(pixels[:, :, 18:22].mean() - 127) < 12, "the middle of the ramp must stay grey"
+
+
+def test_infinite_pixels_of_a_float_picture_are_black_and_leave_the_others_alone():
+    values = np.full((8, 8), 0.5, np.float32)
+    values[0] = np.inf, -np.inf, *[np.nan] * 6
+    pixels = data.to_tensor(data.open_photo(encoded(Image.fromarray(values), "TIFF")))
+    assert (pixels[:, 0] == 0).all() and ((pixels[:, 1:] - 127.5).abs() < 1).all()
+
+
+def test_what_is_no_picture_is_told_in_the_same_words_each_time():
+    with pytest.raises(data.Broken, match=r"^not a picture that can be read \([\w ]+\)$"):
+        data.open_photo(b"no picture")
 
 
 def test_exif_orientation_turns_the_picture_upright():
@@ -537,6 +550,13 @@ def test_a_file_is_written_whole_or_not_at_all(error, tmp_path, monkeypatch):
     with pytest.raises(type(error)):
         data.save(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_two_writers_of_one_file_leave_one_of_the_two_whole(tmp_path):
+    with data.whole_file(tmp_path / "f") as one, data.whole_file(tmp_path / "f") as two:
+        two.write(b"two")
+        one.write(b"one, longer")
+    assert (tmp_path / "f").read_bytes() == b"one, longer" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("kind", ["none", "only what print needs", "a file"])
@@ -1050,7 +1070,7 @@ def test_the_learning_rate_rises_over_the_first_tenth_then_falls_to_zero(monkeyp
 
 def test_the_speed_counts_the_pictures_that_were_trained_on(monkeypatch):
     clock = itertools.chain([0], itertools.repeat(2))  # the start; all that is later
-    monkeypatch.setattr(inpaint, "time", SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(inpaint, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     report = inpaint.train_epoch(fresh(batch=20), data.synthetic_faces(32, 32))
     assert report["images_per_second"] == 20 / 2, "12 of 32 pictures are left over"
 
@@ -1171,6 +1191,15 @@ def test_the_faces_of_the_film_stay_in_their_place_whatever_the_epoch(faces, tmp
     for run.epoch in (0, 9, 10, 999):
         inpaint.write_pictures(tmp_path, run, pixels, data.center_hole(64, 0.3), best=False)
     assert len({Image.open(file).size for file in (tmp_path / "frames").iterdir()}) == 1
+
+
+def test_the_film_holds_this_runs_frames_and_no_other_file():
+    assert command("--epochs", 1, "--out", "run", *TINY) == 0
+    Path("run/frames/._0001.png").write_bytes(b"as macOS leaves on a USB stick")
+    shutil.copy("run/frames/0000.png", "run/frames/0009.png")
+    assert command("--resume", "run", "--epochs", 2, "--device", "cpu") == 0
+    with Image.open("run/training.gif") as film:
+        assert film.n_frames == 3
 
 
 @pytest.mark.parametrize("res", [32, 256])
@@ -1602,9 +1631,9 @@ class Evil:
 def traps(tmp_path, tiny_run, monkeypatch):
     """Every wrong input that the table below names, in the working directory."""
     write_photos(tmp_path / "good", 4, 40)
-    for name in ("empty", "synthetic", "text", "half"):
+    for name in ("empty", "synthetic", "text", "half", "theirs"):
         Path(name).mkdir()
-    for name in ("text/a.txt", "file"):
+    for name in ("text/a.txt", "file", "theirs/grid.png"):
         Path(name).write_text("no picture")
     best = (tiny_run / "best.pt").read_bytes()
     raw = {"best": best, "half/last": best, "cut": best[: len(best) // 2], "empty": b""}
@@ -1643,6 +1672,7 @@ REFUSED = {  # words: a part of the line
     "--mask m.png": "leave it out, or add --restore", "--seeds 2": "or add --compare",
     "--out file": "--out file cannot be made", "--out file/run": "Not a directory",
     "--out run": "go on with --resume run", "--out half": "already holds a run",
+    "--out theirs": "already holds grid.png: name another folder", "--out=": "--out '': give the path",
     "--resume empty": "last.pt cannot be read", "--resume file": "no checkpoint",
     "--resume half": "give the folder of a run",
     "--resume run --out x": "--out does nothing with --resume",
@@ -1651,7 +1681,7 @@ REFUSED = {  # words: a part of the line
     "--resume run --epochs 3": "had 40: give the same",
     "--resume run --epochs 1": "--epochs 1 contradicts --epochs 2",
     "--resume run --hole 0.5": "contradicts", "--evaluate nothing.pt": "No such file",
-    "--evaluate=": "Is a directory", "--evaluate run": "give run/best.pt",
+    "--evaluate=": "give the path", "--evaluate run": "give run/best.pt",
     "--evaluate other.pt": "another program",
     "--evaluate list.pt": "another program", "--evaluate version.pt": "version 99",
     "--evaluate best.pt --seed 0": "--seed does nothing with --evaluate",
@@ -1981,6 +2011,18 @@ def test_an_empty_folder_among_photos_is_named_and_the_photos_are_restored(tiny_
     Path("empty").mkdir()
     assert restore(tiny_run, "empty", "me.png") == 2 and Path("restored/me-restored.png").exists()
     assert "1 of 1 photos are restored; empty holds no picture" in capsys.readouterr().err
+
+
+def test_a_photo_whose_name_no_disk_takes_is_named_and_the_others_are_restored(tiny_run, capsys):
+    drawn(40, 40).save("me.png")
+    assert restore(tiny_run, 300 * "x" + ".png", "me.png") == 2 and Path("restored/me-restored.png").exists()
+    assert "x.png: File name too long" in capsys.readouterr().err
+
+
+def test_photos_restored_at_once_get_names_of_their_own(tmp_path):
+    with ThreadPoolExecutor(8) as threads:
+        names = list(threads.map(lambda _: inpaint.free_name(tmp_path / "out", "me"), range(40)))
+    assert set(names) == {"me", *(f"me-{number}" for number in range(2, 41))}
 
 
 def test_masks_as_people_make_them_are_understood(capsys):
