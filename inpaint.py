@@ -823,21 +823,43 @@ def hole_of(options: dict) -> tuple[int, int]:
     return top, bottom - top
 
 
+def view(options: dict, size: tuple, rows: tuple, columns: tuple) -> tuple[float, float, float]:
+    """The square of a photo (H, W) that the network sees: (left, top, photo's pixels for one of its own).
+
+    rows and columns are (first, end) of the hole. A network that learnt the centre hole relies on its place
+    more than on its mask: the hole's bounding square lies exactly there. One that learnt random holes sees
+    all it can, so a photo that is framed like the training pictures is seen as they were. But the hole stays
+    between a quarter and one and a half of the usual size, and its middle in the middle half.
+    """
+    res, (first, side) = options["res"], hole_of(options)
+    scale = max(rows[1] - rows[0], columns[1] - columns[0]) / side
+    middles = [sum(rows) / 2, sum(columns) / 2]
+    if options["hole_at"] == "center":
+        y0, x0 = (middle - (first + side / 2) * scale for middle in middles)
+        return x0, y0, scale
+    scale = min(max(min(size) / res, scale / 1.5), scale * 4)
+
+    def start(middle, length):
+        seen, rest = res * scale, length - res * scale
+        best = min(max(rest / 2, middle - 0.75 * seen), middle - 0.25 * seen)
+        return min(max(best, min(0, rest)), max(0, rest))  # not beyond the photo, if it is large enough
+
+    y0, x0 = map(start, middles, size)
+    return x0, y0, scale
+
+
 def fill(ema: models.UNet, options: dict, photo: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Paint the hole of a photo of any size: photo (3, H, W) in [0, 1], mask (1, H, W) -> restored (3, H, W).
 
-    The network looks through a square of the photo that is placed so that the hole's bounding square lies
-    exactly where the hole was in training: a network relies on that place more than on its mask. What it
-    paints is scaled back. At the rim, the photo differs a little from what the network painted for the same
-    known pixels. That difference is carried on into the hole by Laplace's equation and added, so no step is
-    left.
+    The network looks through a square of the photo (`view`), and what it paints is scaled back. At the rim,
+    the photo differs a little from what the network painted for the same known pixels. That difference is
+    carried on into the hole by Laplace's equation and added, so no step is left.
     """
-    res, (first, side), known = options["res"], hole_of(options), 1 - mask
+    res, known = options["res"], 1 - mask
     seen = photo * known
     rows, columns = mask[0].any(1).nonzero(), mask[0].any(0).nonzero()
     top, bottom, left, right = (int(end) for end in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
-    scale = max(bottom - top, right - left) / side  # pixels of the photo for one of the network's
-    y0, x0 = ((low + high) / 2 - (first + side / 2) * scale for low, high in ((top, bottom), (left, right)))
+    x0, y0, scale = view(options, photo.shape[1:], (top, bottom), (left, right))
     square = (x0, y0, x0 + res * scale, y0 + res * scale)
     # How much of each small pixel is known: only that gives its colour.
     share = crop_resize(known, square, (res, res))

@@ -2025,6 +2025,24 @@ def test_photos_restored_at_once_get_names_of_their_own(tmp_path):
     assert set(names) == {"me", *(f"me-{number}" for number in range(2, 41))}
 
 
+def test_a_network_of_random_holes_sees_a_framed_photo_as_its_training_pictures_and_always_the_hole():
+    options = {"res": 64, "hole": 0.3, "hole_at": "random"}  # 19 pixels
+    assert inpaint.view(options, (128, 128), (20, 50), (70, 100)) == (0, 0, 2)
+    assert inpaint.view(options, (218, 178), (98, 128), (98, 138)) == (0, 20, 178 / 64)
+    assert inpaint.view(options | {"hole_at": "center"}, (300, 200), (100, 138), (50, 88)) == (6, 56, 2)
+    chances = random.Random(0)
+    for _ in range(500):
+        size, hole = [chances.randint(20, 900) for _ in "HW"], []
+        for length in size:
+            low = chances.randint(0, length - 2)
+            hole.append((low, chances.randint(low + 1, length)))
+        x0, y0, scale = inpaint.view(options, size, *hole)
+        for start, (low, end) in zip((y0, x0), hole):
+            assert start - 1e-6 <= low and end <= start + 64 * scale + 1e-6
+        largest = max(end - low for low, end in hole) / scale
+        assert 19 / 4 - 1e-6 <= largest <= 19 * 1.5 + 1e-6
+
+
 def test_masks_as_people_make_them_are_understood(capsys):
     hole, photo = holes()[5], Image.new("RGB", (200, 300))
     brush = np.full((300, 200, 4), 255, np.uint8)  # all white, and transparent where nothing is missing
