@@ -334,7 +334,7 @@ def load_data(options: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return training, validation
 
 
-WRITTEN = (
+WRITTEN = (  # by a run, into its folder
     "last.pt", "best.pt", "config.json", "results.json", "log.csv", "curves.png", "grid.png", "training.gif",
     "frames",
 )  # fmt: skip
@@ -829,7 +829,8 @@ def view(options: dict, size: tuple, rows: tuple, columns: tuple) -> tuple[float
     rows and columns are (first, end) of the hole. A network that learnt the centre hole relies on its place
     more than on its mask: the hole's bounding square lies exactly there. One that learnt random holes sees
     all it can, so a photo that is framed like the training pictures is seen as they were. But the hole stays
-    between a quarter and one and a half of the usual size, and its middle in the middle half.
+    between a quarter and one and a half of the usual size. Its middle stays in the middle half of the square,
+    but at the photo's ends.
     """
     res, (first, side) = options["res"], hole_of(options)
     scale = max(rows[1] - rows[0], columns[1] - columns[0]) / side
@@ -837,12 +838,13 @@ def view(options: dict, size: tuple, rows: tuple, columns: tuple) -> tuple[float
     if options["hole_at"] == "center":
         y0, x0 = (middle - (first + side / 2) * scale for middle in middles)
         return x0, y0, scale
-    scale = min(max(min(size) / res, scale / 1.5), scale * 4)
+    scale = np.clip(min(size) / res, scale / 1.5, scale * 4)
 
     def start(middle, length):
+        """The top or left end, along an axis of the photo."""
         seen, rest = res * scale, length - res * scale
-        best = min(max(rest / 2, middle - 0.75 * seen), middle - 0.25 * seen)
-        return min(max(best, min(0, rest)), max(0, rest))  # not beyond the photo, if it is large enough
+        best = np.clip(rest / 2, middle - 0.75 * seen, middle - 0.25 * seen)
+        return np.clip(best, min(0, rest), max(0, rest))  # not beyond the photo, if it is large enough
 
     y0, x0 = map(start, middles, size)
     return x0, y0, scale
@@ -917,16 +919,15 @@ def restore_photo(ema: models.UNet, options: dict, file: Path, mask_file: str | 
     picture.info["icc_profile"] = profile if profile[16:20] == b"RGB " else None
     parts = {"damaged": data.to_picture(data.damage(image, mask)), "restored": picture}
     parts |= {} if mask_file else {"original": photo}
-    contents = data.png(picture), data.png(data.side_by_side(parts))
     name = free_name(out, file.stem)
-    files = out / f"{name}-restored.png", out / f"{name}-compare.png"
+    restored_file, compare_file = out / f"{name}-restored.png", out / f"{name}-compare.png"
     try:
-        data.save(files[0], contents[0])
+        data.save(restored_file, data.png(picture))
     except BaseException:
-        files[0].unlink(missing_ok=True)  # the empty one
+        restored_file.unlink(missing_ok=True)  # the empty one
         raise
-    data.save(files[1], contents[1])
-    print(*files, flush=True)
+    data.save(compare_file, data.png(data.side_by_side(parts)))
+    print(restored_file, compare_file, flush=True)
 
 
 def free_name(out: Path, stem: str) -> str:
@@ -956,12 +957,13 @@ def restore_photos(given: dict, device: torch.device) -> None:
     files, failed, done, out = [], [], 0, Path(given.get("out", "restored"))
     for path in map(Path, given["restore"]):
         try:
-            found = [path / name for name, *_ in data.list_pictures(path)[0]] if path.is_dir() else [path]
-            files += [file for file in found if not path.is_dir() or not written_here(file)]
+            if os.path.isdir(path):  # unlike Path.is_dir, no error where it cannot look
+                found = [path / name for name, *_ in data.list_pictures(path)[0]]
+                files += [file for file in found if not written_here(file)]
+            else:
+                files.append(path)
         except InputError as error:
             failed.append(str(error))
-        except OSError as error:
-            failed.append(f"{path}: {error.strerror}")
     if not files and not failed:
         raise InputError(
             f"{' '.join(given['restore'])} holds only what this program wrote: name other photos"
@@ -1120,7 +1122,7 @@ def flag(name: str) -> str:
 
 
 def choose_job(given: dict) -> str:
-    """Which job is asked for; InputError for an option that it does not use."""
+    """Which job is asked for; InputError for an option that it does not use, or an empty one."""
     job = next((name for name in USES if name in given), "train")
     for name, value in given.items():
         if "" in (value if isinstance(value, list) else [value]):

@@ -82,8 +82,8 @@ class UNet(nn.Module):
         """Let `keep` begin as sigmoid(5 (x - 1/2)), nearly x, and as grey in the hole: so the first output
         is nearly the damaged picture, with a grey hole.
 
-        The network then has to learn to fill, and not to copy. A discriminator
-        would tell pictures that are grey everywhere from real ones at once.
+        The network then has to learn to fill, and not to copy. A discriminator would tell pictures that are
+        grey everywhere from real ones at once.
         """
         with torch.no_grad():
             self.keep.weight[:, :3, 0, 0] = 5 * torch.eye(3)

@@ -1174,7 +1174,7 @@ def test_bfloat16_trains_and_its_losses_and_metrics_are_float32(monkeypatch):
 
 def test_a_run_folder_holds_all_that_is_promised(tiny_run):
     files = "config.json log.csv last.pt best.pt grid.png curves.png results.json frames training.gif"
-    assert {file.name for file in tiny_run.iterdir()} == set(files.split())
+    assert {file.name for file in tiny_run.iterdir()} == set(files.split()) == set(inpaint.WRITTEN)
     rows, config = read_csv(tiny_run / "log.csv"), json.loads((tiny_run / "config.json").read_text())
     assert [row["epoch"] for row in rows] == ["1", "2"] and rows[-1]["step"] == "8"
     assert {"seconds", "images_per_second", "l1", *inpaint.FIGURES} <= set(rows[0])
@@ -2016,7 +2016,8 @@ def test_an_empty_folder_among_photos_is_named_and_the_photos_are_restored(tiny_
 def test_a_photo_whose_name_no_disk_takes_is_named_and_the_others_are_restored(tiny_run, capsys):
     drawn(40, 40).save("me.png")
     assert restore(tiny_run, 300 * "x" + ".png", "me.png") == 2 and Path("restored/me-restored.png").exists()
-    assert "x.png: File name too long" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "1 of 2 photos are restored; xxx" in told and "File name too long" in told
 
 
 def test_photos_restored_at_once_get_names_of_their_own(tmp_path):
