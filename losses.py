@@ -28,15 +28,12 @@ def weighted_mean(error: torch.Tensor, mask: torch.Tensor, hole_weight: float) -
     return (error * weight).sum() / weight.expand_as(error).sum()
 
 
-def l1(output: torch.Tensor, image: torch.Tensor, mask: torch.Tensor, hole_weight: float = 1) -> torch.Tensor:
-    """mean |output - image| -> (): the U-Net's loss in table 1. If several values are possible, it is
-    lowest at their median."""
+def l1(output, image, mask, hole_weight: float = 1) -> torch.Tensor:
+    """mean |output - image| -> (), table 1. It is lowest at the median of what is possible."""
     return weighted_mean((output - image).abs(), mask, hole_weight)
 
 
-def mse(
-    output: torch.Tensor, image: torch.Tensor, mask: torch.Tensor, hole_weight: float = 1
-) -> torch.Tensor:
+def mse(output, image, mask, hole_weight: float = 1) -> torch.Tensor:
     """mean (output - image)^2 -> (), section 2.2.1. It is lowest at the mean of what is possible."""
     return weighted_mean((output - image).square(), mask, hole_weight)
 
@@ -55,12 +52,10 @@ def gaussian_window() -> torch.Tensor:
 
 @functools.lru_cache(maxsize=16)
 def band(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The Gaussian filter along an axis as a matrix (size, size - 10): column j is the window, moved down
-    by j."""
-    with torch.inference_mode(False):  # it is kept, and a later call may train through it
-        place = torch.arange(size)[:, None] - torch.arange(size - TAPS + 1)[None, :]
-        window = gaussian_window()[place.clamp(0, TAPS - 1)]
-        return torch.where((place >= 0) & (place < TAPS), window, 0.0).to(device, dtype)
+    """The Gaussian filter along an axis as a matrix (size, size - 10): in column j the window starts at j."""
+    place = torch.arange(size)[:, None] - torch.arange(size - TAPS + 1)[None, :]
+    window = gaussian_window()[place.clamp(0, TAPS - 1)]
+    return torch.where((place >= 0) & (place < TAPS), window, 0.0).to(device, dtype)
 
 
 def blur(z: torch.Tensor) -> torch.Tensor:
@@ -110,16 +105,14 @@ def ssim(x: torch.Tensor, y: torch.Tensor, data_range: float = 1.0) -> torch.Ten
 
 
 def without_autocast(device_type: str):
-    """A context in which nothing is rounded to bfloat16. Some devices have no autocast to switch off (MPS,
-    PyTorch 2.4)."""
+    """A context in which nothing is rounded to bfloat16. On a Mac, PyTorch 2.4 has no autocast at all."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
 
 def dssim(output: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """(1 - SSIM) / 2, averaged over the batch -> (): the paper's loss, 0 for equal pictures (section
-    2.2.1)."""
+    """(1 - SSIM) / 2, averaged over the batch -> () (section 2.2.1): 0 for equal pictures."""
     return (1 - ssim(output, image).mean()) / 2
 
 
@@ -139,8 +132,7 @@ def discriminator_loss(
 
 
 def generator_loss(fake_logit: torch.Tensor) -> torch.Tensor:
-    """-log D(fake), averaged, from logits (B,) -> (): the non-saturating form, strong while the
-    discriminator wins."""
+    """-log D(fake), averaged, from logits (B,) -> (): steep even while the discriminator wins."""
     return F.softplus(-fake_logit).mean()
 
 
@@ -274,11 +266,9 @@ def swd(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor, size: int = 7, cou
 
 
 def sharpness(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> float:
-    """The mean gradient in the hole of pictures x over that of the originals y: 1 is as sharp, less is
-    blurred.
+    """The mean gradient in the hole of pictures x over that of the originals y: less than 1 is blurred.
 
-    The gradient is |x[i, j + 1] - x[i, j]| and |x[i + 1, j] - x[i, j]| between pixels that are both in the
-    hole.
+    The gradient is |x[i, j + 1] - x[i, j]| and |x[i + 1, j] - x[i, j]|, both pixels being in the hole.
     """
     (top, left), (bottom, right) = mask[0, 0].nonzero().aminmax(dim=0)
     hole = (..., slice(top, bottom + 1), slice(left, right + 1))

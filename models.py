@@ -8,6 +8,8 @@ Pictures are float (B, 3, H, W) in [0, 1]; a mask (B or 1, 1, H, W) is 1 in the 
 Try it:  python -c "import models; print(models.UNet(5, 32, 'swish'))"
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,8 +18,10 @@ from torch import nn
 
 
 class Swish(nn.Module):
-    """f(x) = x * sigmoid(x), any shape (section 2.4, [5]). Like ReLU far from 0, but smooth and with a
-    slope below it."""
+    """f(x) = x * sigmoid(x), any shape (section 2.4, [5]).
+
+    Like ReLU far from 0, but smooth, and with a slope below it.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x * sigmoid(x)."""
@@ -35,8 +39,9 @@ def channels(depth: int, width: int, limit: int) -> list[int]:
 
 
 class UNet(nn.Module):
-    """The generator (section 2.2, figure 2; figure 3 with fewer levels), here with depth 5, width 32, limit
-    2, at 64 px:
+    """The generator (section 2.2, figure 2; figure 3 with fewer levels).
+
+    With depth 5, width 32 and limit 2, at 64 px:
 
         damaged + mask (B, 4, 64, 64) ────────────── keep ─────────────▶ + ──▶ sigmoid ──▶ (B, 3, 64, 64)
             ▼ down                                                       ▲ paint
@@ -65,25 +70,27 @@ class UNet(nn.Module):
         levels = channels(depth, width, limit)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, (fan_in, out) in enumerate(zip([4] + levels, levels)):
-            self.down.append(self._step(nn.Conv2d, fan_in, out, act, norm=0 < level < depth - 1))
+            self.down.append(self._block(nn.Conv2d, fan_in, out, act, norm=0 < level < depth - 1))
         for level in reversed(range(1, depth)):
             fan_in = levels[level] * (1 if level == depth - 1 else 2)
-            self.up.append(self._step(nn.ConvTranspose2d, fan_in, levels[level - 1], act))
+            self.up.append(self._block(nn.ConvTranspose2d, fan_in, levels[level - 1], act))
         self.paint = nn.ConvTranspose2d(levels[0] * (1 if depth == 1 else 2), 3, 4, stride=2, padding=1)
         self.keep = nn.Conv2d(4, 3, 1)
         self.start_by_keeping()
 
     @staticmethod
-    def _step(convolution, fan_in: int, out: int, act: str, norm: bool = True) -> nn.Sequential:
+    def _block(convolution, fan_in: int, out: int, act: str, norm: bool = True) -> nn.Sequential:
         layers = [convolution(fan_in, out, 4, stride=2, padding=1, bias=not norm)]
-        return nn.Sequential(*layers, *([nn.BatchNorm2d(out)] if norm else []), ACTIVATIONS[act]())
+        if norm:
+            layers.append(nn.BatchNorm2d(out))
+        return nn.Sequential(*layers, ACTIVATIONS[act]())
 
     def start_by_keeping(self) -> None:
-        """Let `keep` begin as sigmoid(5 (x - 1/2)), nearly x, and as grey in the hole: so the first output
-        is nearly the damaged picture, with a grey hole.
+        """Let `keep` begin as sigmoid(5 (x - 1/2)), nearly x, and as grey in the hole.
 
-        The network then has to learn to fill, and not to copy. A discriminator would tell pictures that are
-        grey everywhere from real ones at once.
+        So the first output is nearly the damaged picture, with a grey hole. The network then has to
+        learn to fill, and not to copy. A discriminator would tell pictures that are grey everywhere from
+        real ones at once.
         """
         with torch.no_grad():
             self.keep.weight[:, :3, 0, 0] = 5 * torch.eye(3)
@@ -92,8 +99,7 @@ class UNet(nn.Module):
             self.keep.bias.fill_(-2.5)
 
     def forward(self, damaged: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """damaged (B, 3, H, W) and mask (B or 1, 1, H, W) -> the whole picture, float32 (B, 3, H, W) in [0,
-        1]."""
+        """damaged (B, 3, H, W), mask (B or 1, 1, H, W) -> the whole picture, float32, in [0, 1]."""
         x = seen = torch.cat([damaged, mask.expand(len(damaged), 1, *damaged.shape[2:])], 1)
         skips = []
         for down in self.down:
@@ -120,16 +126,17 @@ class Discriminator(nn.Module):
 
     def __init__(self, res: int, width: int):
         super().__init__()
-        levels, layers = channels(res.bit_length() - 3, width, 16), []
+        levels = channels(int(math.log2(res)) - 2, width, limit=16)
+        layers = []
         for level, (fan_in, out) in enumerate(zip([3] + levels, levels)):
             layers.append(nn.Conv2d(fan_in, out, 4, stride=2, padding=1, bias=level == 0))
-            layers += [nn.BatchNorm2d(out)] if level else []
+            if level > 0:
+                layers.append(nn.BatchNorm2d(out))
             layers.append(nn.LeakyReLU(0.2))
         self.judge = nn.Sequential(*layers, nn.Conv2d(levels[-1], 1, 4))
 
     def forward(self, picture: torch.Tensor) -> torch.Tensor:
-        """(B, 3, res, res) in [0, 1] -> logits, float32 (B,). DCGAN's pictures run from -1 to 1, so they
-        are stretched."""
+        """(B, 3, res, res) in [0, 1], stretched to DCGAN's -1 ... 1 -> logits, float32 (B,)."""
         return self.judge(picture * 2 - 1).flatten().float()
 
 
@@ -137,7 +144,8 @@ def dcgan_init(network: nn.Module) -> None:
     """DCGAN's start ([4] and its code): convolutions ~ N(0, 0.02), batch norm ~ N(1, 0.02), no bias."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
-            nn.init.normal_(layer.weight, float(isinstance(layer, nn.BatchNorm2d)), 0.02)
+            mean = 1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0
+            nn.init.normal_(layer.weight, mean, 0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
@@ -177,8 +185,10 @@ def harmonic(damaged: torch.Tensor, mask: torch.Tensor, rounds: int = 40) -> tor
 
 
 def first_guess(damaged: torch.Tensor, mask: torch.Tensor, rounds: int) -> torch.Tensor:
-    """The filling of the picture at half the size, enlarged; a picture of one pixel is filled by its known
-    mean."""
+    """The filling of the picture at half the size, enlarged.
+
+    Where half the size is one pixel, it is the mean of the known pixels.
+    """
     known = 1 - mask
     half = [(side + 1) // 2 for side in damaged.shape[2:]]
     if max(half) == 1:
@@ -202,8 +212,8 @@ def nearest_face(
     """For each of (B, 3, H, W) the training picture with the nearest known pixels: the paper's "memory"
     (section 4).
 
-    mask (1, 1, H, W); training uint8 (N, 3, H, W), taken a part at a time. |a - b|^2 = |a|^2 - 2 a b +
-    |b|^2, and |a|^2 is the same for all b.
+    mask (1, 1, H, W); training uint8 (N, 3, H, W), taken a part at a time. It uses that
+    |a - b|^2 = |a|^2 - 2 a b + |b|^2, where |a|^2 is the same for all b.
     """
     known = (mask[0] == 0).expand(damaged.shape[1:]).flatten()
     ours = damaged.flatten(1)[:, known]  # (B, known values)
