@@ -47,8 +47,9 @@ PRESETS = {
     "unet": {"res": 128, "loss": "l1", "depth": 5, "width": 32, "limit": 2, "lr": 3e-3},
     "gan": {"res": 64, "loss": "adversarial+30*known", "depth": 4, "width": 24, "limit": 16, "lr": 2e-4},
 }
-COMMON = {"act": "relu", "hole_weight": 10.0, "fake": "restored"}  # of both
-DISTANCE_RATE = 5e-4  # --lr of a GAN with a distance in its loss: the distance guides it, it may learn faster
+COMMON = {"act": "relu", "hole_weight": 10.0, "fake": "restored", "augment": "jitter", "norm": "group"}
+# A GAN with a distance in its loss is guided by it: it may learn faster, from a discriminator that sees less.
+WITH_DISTANCE = {"lr": 5e-4, "augment": "color+shift", "norm": "batch"}
 DISCRIMINATOR_RATE = 2e-4  # DCGAN's; a discriminator that learns faster wins before the generator can paint
 WEIGHT_DECAY = 0.05  # of the U-Net: a little against overfitting
 SMOOTH = 0.1  # the target for real pictures is 0.9, so that the discriminator is never certain
@@ -76,7 +77,7 @@ class Run:
         self.networks = {"generator": self.prepare(build_generator(options))}
         self.networks["generator"].start_by_keeping()
         if "adversarial" in self.loss_weights:
-            discriminator = models.Discriminator(options["res"], options["width"])
+            discriminator = models.Discriminator(options["res"], options["width"], options["norm"])
             self.networks["discriminator"] = self.prepare(discriminator)
         self.ema = copy.deepcopy(self.networks["generator"]).eval().requires_grad_(False)
         decay = WEIGHT_DECAY if options["model"] == "unet" else 0.0
@@ -100,32 +101,36 @@ def build_generator(options: dict) -> models.UNet:
     return models.UNet(options["depth"], options["width"], options["act"], options["limit"])
 
 
-def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Damage, paint, judge, update: image (B, 3, H, W) with its holes, mask (B, 1, H, W) -> what is logged.
+def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor, chance: torch.Tensor) -> dict:
+    """Damage, paint, judge, update: image (B, 3, H, W), mask (B, 1, H, W) -> {name: what is logged, ()}.
 
+    chance (B, 3, 5) in [0, 1), on the CPU, is for three looks at each picture (models.augment).
     Nothing here waits for the device: the numbers are tensors until somebody reads them.
     """
     options = run.options
     terms, report = {}, {}
     precision = functools.partial(autocast, run.device, options["precision"])
+    look = functools.partial(models.augment, kind=options["augment"])
     damaged = data.damage(image, mask)
     with precision():
         output = run.generator(damaged, mask)  # (B, 3, H, W), the whole picture
     if run.discriminator:
-        real = image
+        real = look(image, chance[:, 0])
         fake = data.paste(output, image, mask) if options["fake"] == "restored" else output
         # (1) The discriminator: a high D(real), a low D(fake). The generator is left out: detach.
+        seen = look(fake.detach(), chance[:, 1])
         with precision():
             real_logit = run.discriminator(real)  # (B,)
-            fake_logit = run.discriminator(fake.detach())
+            fake_logit = run.discriminator(seen)
         report["d_loss"] = losses.discriminator_loss(real_logit, fake_logit, SMOOTH)
         update(run.optimizers["discriminator"], report["d_loss"])
         report["D(real)"] = real_logit.sigmoid().mean()
         report["D(fake)"] = fake_logit.sigmoid().mean()
         # (2) The generator: a high D(fake), judged anew. The discriminator's weights are left out.
         judge = run.networks["discriminator"].requires_grad_(False)
+        seen = look(fake, chance[:, 2])
         with precision():
-            terms["adversarial"] = losses.generator_loss(judge(fake))
+            terms["adversarial"] = losses.generator_loss(judge(seen))
         judge.requires_grad_(True)
     # With any network: minimise the distance from the original too, if the loss has one.
     terms |= losses.distances(run.loss_weights, output, image, mask, options["hole_weight"])
@@ -172,9 +177,10 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def draw_epoch(options: dict, epoch: int, count: int, take: int) -> tuple[torch.Tensor, ...]:
-    """The random choices of one epoch: order, mirrored or not, holes. Seed, epoch and process decide them.
+    """The random choices of one epoch: order, mirrored or not, holes, the discriminator's looks.
 
-    The same shuffled order in all processes, from which each takes its own pictures, `take` of them.
+    Seed, epoch and process decide them. All processes have the same shuffled order, from which each takes its
+    own pictures, `take` of them.
     """
     rank, world = rank_and_world()
     seed = options["seed"] * 1_000_003 + epoch
@@ -182,9 +188,10 @@ def draw_epoch(options: dict, epoch: int, count: int, take: int) -> tuple[torch.
     order = torch.randperm(count, generator=shared)[rank::world][:take]
     own = torch.Generator().manual_seed(seed * 1009 + rank)
     flip = torch.rand(take, generator=own) < 0.5
+    boxes = data.center_box(options["res"], options["hole"]).expand(take, 4)
     if options["hole_at"] == "random":
-        return order, flip, data.random_boxes(take, options["res"], options["hole"], own)
-    return order, flip, data.center_box(options["res"], options["hole"]).expand(take, 4)
+        boxes = data.random_boxes(take, options["res"], options["hole"], own)
+    return order, flip, boxes, torch.rand(take, 3, 5, generator=own)
 
 
 def learning_rate(highest: float, step: int, total: int) -> float:
@@ -203,7 +210,7 @@ def train_epoch(run: Run, training: torch.Tensor) -> dict[str, float]:
     batch = min(options["batch"], here)
     steps = here // batch
     total = options["epochs"] * steps
-    order, flip, boxes = draw_epoch(options, run.epoch, len(training), steps * batch)
+    order, flip, boxes, chance = draw_epoch(options, run.epoch, len(training), steps * batch)
     boxes = boxes.to(run.device)
     highest = {"generator": options["lr"], "discriminator": DISCRIMINATOR_RATE}
     sums = {}
@@ -212,8 +219,9 @@ def train_epoch(run: Run, training: torch.Tensor) -> dict[str, float]:
         for name, optimizer in run.optimizers.items():
             rate = learning_rate(highest[name], run.epoch * steps + i, total)
             optimizer.param_groups[0]["lr"] = rate
-        mask = data.box_mask(boxes[i * batch : (i + 1) * batch], options["res"])
-        report = training_step(run, image, mask)
+        part = slice(i * batch, (i + 1) * batch)
+        mask = data.box_mask(boxes[part], options["res"])
+        report = training_step(run, image, mask, chance[part])
         sums = {name: sums.get(name, 0) + value for name, value in report.items()}
         if rank == 0 and time.perf_counter() - last_look > 1:
             check_finite(run, sums)
@@ -613,7 +621,8 @@ def evaluate(options: dict, checkpoint: str, device: torch.device) -> None:
 
 # --- Comparing: table 1 and figure 4 --------------------------------------------------------------
 
-PAPER_GAN = {"model": "gan", "loss": "adversarial", "fake": "output", "batch": 64}
+PAPER_GAN = {"model": "gan", "loss": "adversarial", "fake": "output", "augment": "none", "norm": "batch"}
+PAPER_GAN |= {"batch": 64}
 ROWS = [  # name, what to train, the PSNR that the paper prints
     ("U-Net", {"model": "unet", "loss": "l1", "act": "relu"}, "6.178"),
     ("U-Net", {"model": "unet", "loss": "l1", "act": "swish"}, "6.093"),
@@ -623,12 +632,13 @@ ROWS = [  # name, what to train, the PSNR that the paper prints
     ("GAN, judged by output", PAPER_GAN | {"act": "swish"}, "6.069"),
     ("GAN", {"model": "gan", "act": "relu"}, ""),
     ("GAN", {"model": "gan", "act": "swish"}, ""),
-    ("GAN + L1", {"model": "gan", "loss": "120*l1+adversarial", "act": "relu"}, ""),
+    ("GAN + L1", {"model": "gan", "loss": "30*l1+adversarial", "act": "relu"}, ""),
     ("the GAN's U-Net alone", {"model": "gan", "loss": "l1", "act": "relu"}, ""),
     ("U-Net, 1 deeper", {"model": "unet", "loss": "l1", "act": "relu", "depth": 6}, ""),
 ]
-DECIDED = ("model", "loss", "act", "fake", "depth", "hole_weight")  # by the rows
-DIGITS = {"parameters": 0, "minutes": 1, **dict.fromkeys(METRICS, 2), "ssim_restored": 4, "swd_hole": 4}
+DECIDED = ("model", "loss", "act", "fake", "augment", "norm", "depth", "hole_weight")  # by the rows
+DIGITS = {"parameters": 0, "minutes": 1} | dict.fromkeys(METRICS, 2)
+DIGITS |= dict.fromkeys(("ssim_restored", "specks", "swd_hole"), 4)
 
 
 def compare(argv: list[str], out: Path, seeds: int, device: torch.device) -> None:
@@ -915,7 +925,7 @@ JOBS = ("resume", "evaluate", "restore", "compare", "checkpoint", "mask", "seeds
 def parser() -> argparse.ArgumentParser:
     """The command line. What is None here gets its value from the presets, or from the run at hand."""
     presets = [f"  --model {name}: {COMMON | preset}" for name, preset in PRESETS.items()]
-    presets.append(f"  a gan with a distance in its loss: --lr {DISTANCE_RATE}")
+    presets.append(f"  a gan with a distance in its loss: {WITH_DISTANCE}")
     p = argparse.ArgumentParser(
         "inpaint.py",
         description=__doc__,
@@ -937,9 +947,11 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("what to train").add_argument
     add("--model", choices=PRESETS, help="the paper's network (unet), with the values below")
     add("--act", choices=models.ACTIVATIONS, help="activation function")
-    add("--loss", metavar="TERMS", help=f"a sum of {', '.join(losses.TERMS)}, as in 120*l1+adversarial")
+    add("--loss", metavar="TERMS", help=f"a sum of {', '.join(losses.TERMS)}, as in 30*l1+adversarial")
     add("--hole-weight", type=float, metavar="X", help="l1 and mse count the hole X times (paper: 1)")
     add("--fake", choices=["restored", "output"], help="what the discriminator judges (paper: output)")
+    add("--augment", choices=models.AUGMENTS, help="how what it judges is changed (paper: none)")
+    add("--norm", choices=models.NORMS, help="of the discriminator (paper: batch)")
     add("--depth", type=int, metavar="N", help="levels of the U-Net: one more sees further")
     add("--width", type=int, metavar="N", help="channels of the first level, the discriminator's too")
     add("--limit", type=int, metavar="N", help="channels double from level to level, up to N x width")
@@ -969,7 +981,7 @@ def preset(model: str, loss: str | None) -> dict:
     """The options that --model sets; a GAN with a distance in its loss learns faster."""
     options = {"model": model} | COMMON | PRESETS[model]
     if model == "gan" and any(distance in (loss or "") for distance in losses.DISTANCES):
-        options["lr"] = DISTANCE_RATE
+        options |= WITH_DISTANCE
     return options
 
 

@@ -111,7 +111,15 @@ class UNet(nn.Module):
         return torch.sigmoid((self.paint(x) + self.keep(seen)).float())
 
 
-# --- The discriminator ----------------------------------------------------------------------------
+# --- The discriminator, and what it sees ----------------------------------------------------------
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm with 8 channels in a group, or fewer if 8 does not divide them."""
+    return nn.GroupNorm(channels // math.gcd(channels, 8), channels)
+
+
+NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}
 
 
 class Discriminator(nn.Module):
@@ -119,25 +127,63 @@ class Discriminator(nn.Module):
 
         (B, 3, 64, 64) ─▶ (B, 24, 32, 32) ─▶ (B, 48, 16, 16) ─▶ (B, 96, 8, 8) ─▶ (B, 192, 4, 4) ─▶ (B,)
 
-    log2(res) - 2 convolutions 4 x 4 with stride 2, batch norm (not at the first) and leaky ReLU 0.2, then
-    one over the remaining 4 x 4. It sees a whole picture and nothing else: it is not told where the hole
-    is, nor what was in it. sigmoid(logit) = D(picture) is how real it looks.
+    log2(res) - 2 convolutions 4 x 4 with stride 2, norm (not at the first) and leaky ReLU 0.2, then one
+    over the remaining 4 x 4. It sees a whole picture and nothing else: it is not told where the hole is,
+    nor what was in it. sigmoid(logit) = D(picture) is how real it looks.
+
+    DCGAN's norm is batch norm, which compares the pictures of a batch: one with too much grain can pay for
+    seven with too little. Group norm (Wu and He 2018) judges each picture alone, 8 channels a group.
     """
 
-    def __init__(self, res: int, width: int):
+    def __init__(self, res: int, width: int, norm: str = "batch"):
         super().__init__()
         levels = channels(int(math.log2(res)) - 2, width, limit=16)
         layers = []
         for level, (fan_in, out) in enumerate(zip([3] + levels, levels)):
             layers.append(nn.Conv2d(fan_in, out, 4, stride=2, padding=1, bias=level == 0))
             if level > 0:
-                layers.append(nn.BatchNorm2d(out))
+                layers.append(NORMS[norm](out))
             layers.append(nn.LeakyReLU(0.2))
         self.judge = nn.Sequential(*layers, nn.Conv2d(levels[-1], 1, 4))
 
     def forward(self, picture: torch.Tensor) -> torch.Tensor:
         """(B, 3, res, res) in [0, 1], stretched to DCGAN's -1 ... 1 -> logits, float32 (B,)."""
         return self.judge(picture * 2 - 1).flatten().float()
+
+
+AUGMENTS = {"none": (0.0, 0.0), "jitter": (0.0, 0.01), "color+shift": (1.0, 0.125)}  # colour, far
+
+
+def augment(picture: torch.Tensor, chance: torch.Tensor, kind: str) -> torch.Tensor:
+    """A picture as the discriminator sees it: changed at random, anew at each look (Zhao et al. 2020).
+
+        mean + b + c (grey - mean + s (x - grey)), then moved by far res u4 rows and far res u5 columns
+        brightness b = colour u1 / 2, saturation s = 1 + colour u2, contrast c = 1 + colour u3 / 2
+
+    picture x (B, 3, res, res) in [0, 1] -> the same shape, perhaps outside [0, 1]; black comes in from
+    outside. grey is the mean of a pixel's three colours, mean that of the picture. The u are even from -1
+    to 1, made of chance (B, 5) in [0, 1), on the CPU; AUGMENTS has colour and far. Real and fake are changed
+    alike, so the game stays fair, but no picture comes twice: none can be learnt by heart. The gradient
+    flows through.
+    """
+    colour, far = AUGMENTS[kind]
+    u = 2 * chance - 1
+    if colour:
+        u1, u2, u3 = u[:, :3, None, None, None].to(picture.device).unbind(1)
+        brightness, saturation, contrast = colour * u1 / 2, 1 + colour * u2, 1 + colour * u3 / 2
+        grey = picture.mean(1, keepdim=True)
+        mean = grey.mean((2, 3), keepdim=True)
+        # Multiplied out, so that only two operations are as large as the picture.
+        rest = contrast * (1 - saturation) * grey + (1 - contrast) * mean + brightness
+        picture = contrast * saturation * picture + rest
+    if far:
+        res = picture.shape[-1]
+        margin = math.ceil(far * res)
+        corners = (margin + (far * res * u[:, 3:]).round()).int().tolist()
+        padded = F.pad(picture, (margin, margin, margin, margin))
+        windows = [p[:, top : top + res, left : left + res] for p, (top, left) in zip(padded, corners)]
+        picture = torch.stack(windows)
+    return picture
 
 
 def dcgan_init(network: nn.Module) -> None:
