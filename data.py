@@ -47,16 +47,18 @@ def center_box(res: int, fraction: float) -> torch.Tensor:
 
 
 def random_boxes(n: int, res: int, fraction: float, generator: torch.Generator) -> torch.Tensor:
-    """(n, 4) holes for training: half of them the paper's, the others rectangles of any place.
+    """(n, 4) holes for people's photos, in the middle, where every hole is shown to a network (inpaint.view).
 
-    The sides of those are drawn evenly from half to one and a half times the paper's.
+    Half of them are the paper's square. The others are as long in one direction, and shorter in the other:
+    drawn evenly from a quarter of that on.
     """
-    smallest = max(1, round(res * fraction / 2))
-    largest = min(res - 1, round(res * fraction * 1.5))
-    size = torch.randint(smallest, largest + 1, (n, 2), generator=generator)
-    corner = (torch.rand(n, 2, generator=generator) * (res - size + 1)).long()
-    central = torch.rand(n, 1, generator=generator) < 0.5
-    return torch.where(central, center_box(res, fraction), torch.cat([corner, corner + size], 1))
+    side = round(res * fraction)
+    long = torch.full((n, 1), side)
+    short = torch.randint(max(1, side // 4), side + 1, (n, 1), generator=generator)
+    flat, square = (torch.rand(n, 1, generator=generator) < 0.5 for _ in range(2))
+    size = torch.where(flat, torch.cat([short, long], 1), torch.cat([long, short], 1))
+    corner = (res - size) // 2
+    return torch.where(square, center_box(res, fraction), torch.cat([corner, corner + size], 1))
 
 
 def box_mask(boxes: torch.Tensor, res: int) -> torch.Tensor:
@@ -288,6 +290,27 @@ def batches(training: torch.Tensor, size: int, order: torch.Tensor, flip: torch.
         pixels = pixels.to(device, non_blocking=True).to(memory_format=torch.channels_last)
         image = pixels.float().div_(255)
         yield torch.where(flip[start : start + size, None, None, None], image.flip(3), image)
+
+
+def frame(image: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    """Training pictures framed at random, as people frame their photos (section 4, "in-the-wild").
+
+    image (B, 3, res, res) -> the same shape; chance (B, 5) in [0, 1). Three tenths stay as they are. The
+    others are zoomed by 1 / 1.5 to 1.5 (evenly in the logarithm) and turned by up to 5 degrees, and their
+    middle is moved: across by up to 15 % of the side, and from 5 % up to 30 % down, as far as the mouth of
+    a face that is cut like CelebA's. Beyond the border, the picture is reflected.
+    """
+    keep, zoom, angle, across, down = chance.unbind(1)
+    zoom = 1.5 ** (2 * zoom - 1)
+    angle = math.radians(5) * (2 * angle - 1)
+    across = 2 * 0.15 * (2 * across - 1)  # for affine_grid a picture is 2 wide
+    down = 2 * (0.35 * down - 0.05)
+    cosine, sine = torch.cos(angle) / zoom, torch.sin(angle) / zoom
+    moved = torch.stack([cosine, -sine, across, sine, cosine, down], 1).view(-1, 2, 3)
+    as_it_is = torch.eye(2, 3, device=image.device)
+    affine = torch.where(keep[:, None, None] < 0.3, as_it_is, moved)
+    grid = F.affine_grid(affine, list(image.shape), align_corners=False)
+    return F.grid_sample(image, grid, padding_mode="reflection", align_corners=False)
 
 
 # --- One photograph: a file becomes pixels --------------------------------------------------------

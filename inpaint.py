@@ -177,7 +177,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def draw_epoch(options: dict, epoch: int, count: int, take: int) -> tuple[torch.Tensor, ...]:
-    """The random choices of one epoch: order, mirrored or not, holes, the discriminator's looks.
+    """The random choices of one epoch: order, mirrored or not, holes, the discriminator's looks, framing.
 
     Seed, epoch and process decide them. All processes have the same shuffled order, from which each takes its
     own pictures, `take` of them.
@@ -189,9 +189,11 @@ def draw_epoch(options: dict, epoch: int, count: int, take: int) -> tuple[torch.
     own = torch.Generator().manual_seed(seed * 1009 + rank)
     flip = torch.rand(take, generator=own) < 0.5
     boxes = data.center_box(options["res"], options["hole"]).expand(take, 4)
-    if options["hole_at"] == "random":
+    if options["wild"]:
         boxes = data.random_boxes(take, options["res"], options["hole"], own)
-    return order, flip, boxes, torch.rand(take, 3, 5, generator=own)
+    chance = torch.rand(take, 3, 5, generator=own)
+    framing = torch.rand(take, 5, generator=own)
+    return order, flip, boxes, chance, framing
 
 
 def learning_rate(highest: float, step: int, total: int) -> float:
@@ -210,8 +212,9 @@ def train_epoch(run: Run, training: torch.Tensor) -> dict[str, float]:
     batch = min(options["batch"], here)
     steps = here // batch
     total = options["epochs"] * steps
-    order, flip, boxes, chance = draw_epoch(options, run.epoch, len(training), steps * batch)
-    boxes = boxes.to(run.device)
+    choices = draw_epoch(options, run.epoch, len(training), steps * batch)
+    order, flip, boxes, chance, framing = choices
+    boxes, framing = boxes.to(run.device), framing.to(run.device)
     highest = {"generator": options["lr"], "discriminator": DISCRIMINATOR_RATE}
     sums = {}
     began = last_look = time.perf_counter()
@@ -220,6 +223,8 @@ def train_epoch(run: Run, training: torch.Tensor) -> dict[str, float]:
             rate = learning_rate(highest[name], run.epoch * steps + i, total)
             optimizer.param_groups[0]["lr"] = rate
         part = slice(i * batch, (i + 1) * batch)
+        if options["wild"]:
+            image = data.frame(image, framing[part])
         mask = data.box_mask(boxes[part], options["res"])
         report = training_step(run, image, mask, chance[part])
         sums = {name: sums.get(name, 0) + value for name, value in report.items()}
@@ -517,6 +522,7 @@ def new_folder(out: str | None, options: dict) -> Path:
     InputError if --out holds something already, or cannot be made.
     """
     name = f"{options['model']}-{options['loss'].replace('*', 'x')}-{options['act']}-{options['res']}"
+    name += "-wild" if options["wild"] else ""
     folder = Path(out) if out else data.free_path(f"runs/{name}")
     try:
         folder.mkdir(parents=True, exist_ok=out is not None)
@@ -845,31 +851,23 @@ def hole_of(options: dict) -> tuple[int, int]:
     return top, bottom - top
 
 
-def view(options: dict, size: tuple, rows: tuple, columns: tuple) -> tuple[float, float, float]:
-    """The square of a photo (H, W) that the network sees: (left, top, photo's pixels for one of its own).
+def bounding_box(mask: torch.Tensor) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) of the hole, mask (1, H, W), the last two just outside."""
+    rows, columns = mask[0].any(1).nonzero(), mask[0].any(0).nonzero()
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
-    rows and columns are (first, end) of the hole. A network that learnt the centre hole relies on its place
-    more than on its mask: the hole's bounding square lies exactly there. One that learnt random holes sees
-    all it can, so a photo that is framed like the training pictures is seen as they were. The hole stays
-    between a quarter and one and a half of the usual size, and its middle in the middle half of the square,
-    but at the photo's ends.
+
+def view(options: dict, box: tuple[int, int, int, int]) -> tuple[float, float, float]:
+    """The square of a photo that the network sees: (left, top, photo's pixels for one of its own).
+
+    The hole's bounding box, made a square, lies where the hole was in training: in the middle. The view may
+    leave the photo.
     """
-    res, (first, side) = options["res"], hole_of(options)
-    scale = max(rows[1] - rows[0], columns[1] - columns[0]) / side
-    middles = [sum(rows) / 2, sum(columns) / 2]
-    if options["hole_at"] == "center":
-        y0, x0 = (middle - (first + side / 2) * scale for middle in middles)
-        return x0, y0, scale
-    scale = np.clip(min(size) / res, scale / 1.5, scale * 4)
-
-    def start(middle, length):
-        """The top or left end, along an axis of the photo."""
-        seen, rest = res * scale, length - res * scale
-        best = np.clip(rest / 2, middle - 0.75 * seen, middle - 0.25 * seen)
-        return np.clip(best, min(0, rest), max(0, rest))  # not beyond the photo, if it is large enough
-
-    y0, x0 = map(start, middles, size)
-    return x0, y0, scale
+    top, left, bottom, right = box
+    first, side = hole_of(options)
+    scale = max(bottom - top, right - left) / side
+    middle = (first + side / 2) * scale  # of the hole, from the left or top end of the view
+    return (left + right) / 2 - middle, (top + bottom) / 2 - middle, scale
 
 
 def fill(ema: models.UNet, options: dict, photo: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -879,17 +877,16 @@ def fill(ema: models.UNet, options: dict, photo: torch.Tensor, mask: torch.Tenso
     """
     res = options["res"]
     known = 1 - mask
-    rows, columns = mask[0].any(1).nonzero(), mask[0].any(0).nonzero()
-    top, bottom, left, right = (int(end) for end in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
-    x0, y0, scale = view(options, photo.shape[1:], (top, bottom), (left, right))
+    top, left, bottom, right = bounding_box(mask)
+    x0, y0, scale = view(options, (top, left, bottom, right))
     square = (x0, y0, x0 + res * scale, y0 + res * scale)
     # How much of each small pixel is known: only that gives its colour.
     share = data.crop_resize(known, square, (res, res))
     image = data.crop_resize(photo * known, square, (res, res)) / share.clamp(min=1e-6)
     unknown = (share < 0.5).float()[None]
     image = models.harmonic(image.clamp(0, 1)[None], unknown)  # beyond the photo's edge too
-    random = options["hole_at"] == "random"  # such a network has learnt to use its mask
-    hole = unknown if random else data.center_hole(res, options["hole"])
+    # A network that saw nothing but the centre hole relies on it; one for photos has learnt to use its mask.
+    hole = unknown if options["wild"] else data.center_hole(res, options["hole"])
     device = next(ema.parameters()).device
     output = run_ema(ema, data.damage(image, hole).to(device), hole.to(device), options).cpu()[0]
     # Back in the photo: the hole's bounding box, with one known pixel around it where there is one.
@@ -959,7 +956,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", default="synthetic", metavar="PATH", help="a folder or .zip of pictures (drawn faces)")
     add("--res", type=int, choices=[32, 64, 128, 256, 512], help="side of the pictures in pixels")
     add("--hole", type=float, default=0.3, metavar="F", help="side of the hole, as a share of --res (0.3)")
-    add("--hole-at", choices=["center", "random"], default="center", help="random: half the holes elsewhere")
+    add("--wild", action="store_true", help="for photos that are not cut like the training pictures")
     add("--val", type=float, default=0.2, metavar="F", help="share of the pictures that validates (0.2)")
     add = p.add_argument_group("training").add_argument
     add("--epochs", type=int, default=12, metavar="N", help="times through the pictures (12; 10 to compare)")

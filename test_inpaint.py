@@ -146,15 +146,14 @@ def test_damage_is_white_in_the_hole_and_paste_brings_the_known_pixels_back(face
     assert torch.equal(data.paste(other, faces, mask), torch.where(mask > 0, other, faces))
 
 
-def test_random_holes_lie_inside_vary_and_are_central_half_of_the_time():
+def test_holes_for_photos_are_central_one_side_is_the_papers_and_half_are_squares():
     boxes = data.random_boxes(2000, 64, 0.3, torch.Generator().manual_seed(0))
     height, width = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
-    assert boxes.min() == 0
-    assert boxes.max() == 64
+    assert (torch.maximum(height, width) == 19).all()
     for side in (height, width):
-        assert (side.min(), side.max()) == (10, 29)
-    assert 0.45 < (boxes == data.center_box(64, 0.3)).all(1).float().mean() < 0.55
-    assert len(boxes.unique(dim=0)) > 800
+        assert side.min() == 4
+    assert 0.45 < (boxes == data.center_box(64, 0.3)).all(1).float().mean() < 0.58
+    assert ((boxes[:, :2] + boxes[:, 2:] - 64).abs() <= 1).all()
     assert torch.equal(data.box_mask(boxes, 64).sum((1, 2, 3)).long(), height * width)
 
 
@@ -185,6 +184,31 @@ def test_batches_hold_the_pictures_in_the_given_order_mirrored_where_asked(faces
     expected[flip] = expected[flip].flip(3)
     assert [len(part) for part in parts] == [8, 8, 8]
     assert torch.equal(torch.cat(parts), expected)
+
+
+def test_framing_keeps_three_tenths_and_zooms_turns_and_moves_the_others():
+    line = (torch.arange(64) + 0.5) / 32 - 1
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    plane = torch.stack([y, x, 0 * x])[None] / 4 + 0.5  # its colours say where they were
+    still = torch.tensor([[0.29, 0.0, 0.0, 0.0, 0.0]])
+    assert torch.allclose(data.frame(plane, still), plane, atol=1e-5)
+    inner = slice(24, 40)
+
+    def seen(zoom, angle, across, down):
+        """What a chance does: the middle's place, and how far a step down goes down and to the right."""
+        framed = (data.frame(plane, torch.tensor([[0.31, zoom, angle, across, down]]))[0, :2] - 0.5) * 4
+        step = framed[:, inner, inner].diff(dim=1).mean((1, 2)) * 32
+        return [*framed[:, 31:33, 31:33].mean((1, 2)).tolist(), *step.tolist()]
+
+    middle = (0.5, 0.5, 0.5, 1 / 7)
+    for chance, expected in (
+        (middle, (0, 0, 1, 0)),
+        ((0, *middle[1:]), (0, 0, 1.5, 0)), ((1, *middle[1:]), (0, 0, 1 / 1.5, 0)),
+        ((0.5, 0, 0.5, 1 / 7), (0, 0, math.cos(math.radians(5)), math.sin(math.radians(5)))),
+        ((0.5, 0.5, 0, 1 / 7), (0, -0.3, 1, 0)), ((0.5, 0.5, 1, 1 / 7), (0, 0.3, 1, 0)),
+        ((0.5, 0.5, 0.5, 0), (-0.1, 0, 1, 0)), ((0.5, 0.5, 0.5, 1), (0.6, 0, 1, 0)),
+    ):  # fmt: skip
+        assert seen(*chance) == pytest.approx(expected, abs=0.01), chance
 
 
 # === data.py: one photograph ======================================================================
@@ -591,7 +615,11 @@ def test_a_line_that_cannot_be_printed_ends_nothing(screen, error, monkeypatch):
 # === models.py ====================================================================================
 
 HOLE = data.center_hole(64, 0.3)
-NETWORKS = [lambda: models.UNet(4, 16, "swish"), lambda: models.Discriminator(32, 16)]
+NETWORKS = [
+    lambda: models.UNet(4, 16, "swish"),
+    lambda: models.Discriminator(32, 16, "batch"),
+    lambda: models.Discriminator(32, 16, "group"),
+]
 
 
 def test_swish_is_x_times_sigmoid_and_agrees_with_torch():
@@ -640,7 +668,43 @@ def test_the_discriminator_has_log2_res_minus_2_halvings_and_one_logit(res):
     assert network(torch.rand(3, 3, res, res)).shape == (3,) and network.judge[0].in_channels == 3
 
 
-@pytest.mark.parametrize("build", NETWORKS, ids=["unet", "discriminator"])
+def test_group_norm_judges_each_picture_alone_and_batch_norm_does_not():
+    pictures = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for norm, alone in (("group", True), ("batch", False)):
+        network = models.Discriminator(32, 5, norm)
+        assert torch.allclose(network(pictures)[:1], network(pictures[:1]), atol=1e-6) == alone
+    assert models.NORMS["group"](48).num_groups == 6
+
+
+def test_augment_is_its_formula_picture_by_picture(faces):
+    pictures, chance = faces[:5], torch.rand(5, 5, generator=torch.Generator().manual_seed(0))
+    x, u = pictures.double().numpy(), 2 * chance.double().numpy() - 1
+    b, s, c = (z[:, None, None, None] for z in (u[:, 0] / 2, 1 + u[:, 1], 1 + u[:, 2] / 2))
+    grey, mean = x.mean(1, keepdims=True), x.mean((1, 2, 3), keepdims=True)
+    coloured = mean + b + c * (grey - mean + s * (x - grey))
+    for kind, changed, far in (("color+shift", coloured, 8), ("jitter", x, 0.64)):
+        expected = np.zeros_like(x)
+        for k, (down, right) in enumerate(np.round(far * u[:, 3:]).astype(int)):
+            rows, columns = (np.arange(max(0, -z), min(64, 64 - z))[:, None] for z in (down, right))
+            expected[k][:, rows, columns.T] = changed[k][:, rows + down, columns.T + right]
+        assert np.abs(models.augment(pictures, chance, kind).numpy() - expected).max() < 1e-5, kind
+    assert torch.equal(models.augment(pictures, chance, "none"), pictures)
+    assert torch.equal(models.augment(pictures, torch.full((5, 5), 0.5), "jitter"), pictures)
+
+
+def test_augment_lets_the_gradient_through_and_reaches_its_bounds():
+    picture = torch.rand(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    for chance in (torch.zeros(2, 5), torch.full((2, 5), 0.8)):
+        change = lambda x: models.augment(x, chance, "color+shift")  # noqa: E731
+        assert torch.autograd.gradcheck(change, (picture,), fast_mode=True)
+    corner = torch.zeros(1, 3, 64, 64)
+    corner[..., 20, 30] = 1
+    for kind, far in (("color+shift", 8), ("jitter", 1)):
+        chance = torch.tensor([[0.5, 0.5, 0.5, 0.0, 1.0]])
+        assert (models.augment(corner, chance, kind) > 0.5).nonzero()[0, 2:].tolist() == [20 + far, 30 - far]
+
+
+@pytest.mark.parametrize("build", NETWORKS, ids=["unet", "batch norm", "group norm"])
 def test_gradients_reach_every_weight(build):
     network, picture = build(), torch.rand(4, 3, 32, 32)
     inputs = [picture, data.center_hole(32, 0.3)] if isinstance(network, models.UNet) else [picture]
@@ -649,7 +713,7 @@ def test_gradients_reach_every_weight(build):
         assert weight.grad is not None and weight.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("build", NETWORKS, ids=["unet", "discriminator"])
+@pytest.mark.parametrize("build", NETWORKS, ids=["unet", "batch norm", "group norm"])
 def test_dcgan_starts_with_a_standard_deviation_of_two_hundredths_and_no_bias(build):
     network = build()
     models.dcgan_init(network)
@@ -842,11 +906,27 @@ def test_the_loss_grammar(text, expected):
 
 @pytest.mark.parametrize("text", ["", *"l2 l1+l1 0*l1 -1*l1 nan*l1 inf*l1 l1+ *l1 l1*2 2*3*l1 x*l1".split()])
 def test_the_loss_grammar_refuses_and_says_what_is_right(text):
-    with pytest.raises(ValueError, match=r"120\*l1\+adversarial"):
+    with pytest.raises(ValueError, match=r"30\*l1\+adversarial"):
         losses.parse_loss(text)
 
 
 # === losses.py: realism ===========================================================================
+
+
+def test_specks_are_counted_in_the_hole_alone_and_smooth_or_grey_pictures_have_none(faces):
+    ramp = torch.linspace(0, 1, 64).expand(1, 3, 64, 64) * torch.tensor([1, 0.5, 0.2]).view(1, 3, 1, 1)
+    grey = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0)).expand(2, 3, 64, 64)
+    assert losses.specks(ramp, HOLE).tolist() == [0]
+    assert losses.specks(grey, HOLE).tolist() == [0, 0]
+    assert losses.specks(faces, HOLE).max() < 5, "drawn ones have a few in their irises"
+    planted = ramp.repeat(4, 1, 1, 1)
+    planted[0, 0, 30, 30] += 0.2  # one, of red
+    planted[1, 2, 24:40:4, 24:40:4] += 0.2  # sixteen, of blue
+    planted[2, 2, 24, 24] += 0.07  # too little
+    planted[3, 1, 10, 10] += 0.5  # a known pixel
+    assert losses.specks(planted, HOLE).tolist() == [1, 16, 0, 0]
+    counted = losses.measure(planted, planted, planted, HOLE)[losses.METRICS.index("specks")]
+    assert counted.tolist() == [0, 1, 0, 0], "five or more"
 
 
 def smooth(x, sigma):  # a Gaussian blur
@@ -919,8 +999,9 @@ def test_sharpness_is_2_for_twice_the_contrast_counts_both_directions_and_sees_o
 
 
 def small_batch(count=8, res=32):
+    """Pictures, their holes, and chances with which `augment` changes nothing."""
     mask = data.center_hole(res, 0.3).expand(count, 1, res, res)
-    return data.synthetic_faces(count, res, 7).float() / 255, mask
+    return data.synthetic_faces(count, res, 7).float() / 255, mask, torch.full((count, 3, 5), 0.5)
 
 
 def fresh(model="unet", *words, **changed):
@@ -954,10 +1035,10 @@ def last_state(folder):
 
 
 def test_one_batch_of_32_faces_is_overfitted():
-    (image, mask), run = small_batch(32), fresh(width=16)
+    (image, mask, chance), run = small_batch(32), fresh(width=16)
     for step in range(150):
         run.optimizers["generator"].param_groups[0]["lr"] = inpaint.learning_rate(4e-3, step, 150)
-        inpaint.training_step(run, image, mask)
+        inpaint.training_step(run, image, mask, chance)
     with torch.no_grad():
         output = run.generator.eval()(data.damage(image, mask), mask)
     assert losses.psnr(output, image, mask).mean() > 25, "what cannot learn 32 faces by heart has a bug"
@@ -965,11 +1046,11 @@ def test_one_batch_of_32_faces_is_overfitted():
 
 @pytest.mark.parametrize("loss", ["adversarial+30*known", "30*l1+adversarial", "l1", "mse+dssim"])
 def test_a_step_minimises_what_the_loss_says_and_reports_its_terms(loss, monkeypatch):
-    (image, mask), run, minimised = small_batch(), fresh("gan", "--act", "swish", loss=loss), []
+    (image, mask, chance), run, minimised = small_batch(), fresh("gan", "--act", "swish", loss=loss), []
     before, update = [value.clone() for value in run.generator.parameters()], inpaint.update
     monkeypatch.setattr(inpaint, "update", lambda who, f: minimised.append(f.item()) or update(who, f))
     output, weights = run.generator(data.damage(image, mask), mask), losses.parse_loss(loss)
-    report = inpaint.training_step(run, image, mask)
+    report = inpaint.training_step(run, image, mask, chance)
     assert minimised[-1] == pytest.approx(sum(times * report[term].item() for term, times in weights.items()))
     for term, value in losses.distances(weights, output, image, mask, 10).items():
         assert report[term] == pytest.approx(value.item(), rel=1e-4)
@@ -979,14 +1060,17 @@ def test_a_step_minimises_what_the_loss_says_and_reports_its_terms(loss, monkeyp
     assert not any(torch.equal(a, b) for a, b in zip(before, run.generator.parameters())), "all are trained"
 
 
+@pytest.mark.parametrize("augment", ["none", "color+shift"])
 @pytest.mark.parametrize("fake", ["restored", "output"])
-def test_the_discriminator_is_shown_originals_and_the_restored_or_the_whole_output(fake):
-    (image, mask), run, shown, painted = small_batch(), fresh("gan", fake=fake), [], []
+def test_the_discriminator_is_shown_originals_and_fakes_each_changed_anew(fake, augment):
+    (image, mask, _), run, shown, painted = small_batch(), fresh("gan", fake=fake, augment=augment), [], []
+    chance = torch.rand(8, 3, 5, generator=torch.Generator().manual_seed(0))
     run.generator.register_forward_hook(lambda network, given, output: painted.append(output))
     run.discriminator.register_forward_pre_hook(lambda network, given: shown.append(given[0]))
-    inpaint.training_step(run, image, mask)
-    expected = data.paste(painted[0], image, mask) if fake == "restored" else painted[0]
-    assert all(torch.equal(a, b) for a, b in zip(shown, (image, expected, expected), strict=True))
+    inpaint.training_step(run, image, mask, chance)
+    fakes = data.paste(painted[0], image, mask) if fake == "restored" else painted[0]
+    for k, (seen, picture) in enumerate(zip(shown, (image, fakes, fakes), strict=True)):
+        assert torch.equal(seen, models.augment(picture, chance[:, k], augment))
     assert [z.requires_grad for z in shown] == [False, False, True], "its own step moves no generator"
 
 
@@ -1018,7 +1102,7 @@ def test_the_model_decides_how_weights_start_and_decay_and_the_loss_does_not():
     assert same_weights(gan.discriminator, fresh("gan").discriminator), "they follow from the seed"
     for other in (unet, fresh("gan", seed=1)):
         assert not torch.equal(gan.generator.paint.weight, other.generator.paint.weight)
-    image, mask = small_batch()
+    image, mask, _ = small_batch()
     for run, decay, count in ((gan, 0, 2), (l1, 0, 1), (unet, 0.05, 1), (adversarial, 0.05, 2)):
         assert [o.param_groups[0]["weight_decay"] for o in run.optimizers.values()] == [decay] * count
         assert same_weights(run.ema, run.generator)
@@ -1042,15 +1126,27 @@ def test_the_average_of_the_weights_warms_up_and_covers_batch_norm():
 
 def test_an_epoch_mirrors_half_of_its_pictures_and_is_shared_without_overlap(monkeypatch):
     assert 0.4 < inpaint.draw_epoch(options_for(), 0, 1000, 1000)[1].float().mean() < 0.6
-    orders, flips = [[], []], []
+    orders, others = [[], []], []
     for epoch, rank in itertools.product((0, 1), range(3)):
         monkeypatch.setattr(inpaint, "rank_and_world", lambda rank=rank: (rank, 3))
-        order, flip, *_ = inpaint.draw_epoch(options_for(), epoch, 30, 10)
+        order, flip, boxes, chance, framing = inpaint.draw_epoch(options_for("unet", "--wild"), epoch, 30, 10)
         orders[epoch] += order.tolist()
-        flips.append(flip)
+        others.append([*flip.tolist(), *boxes.flatten().tolist(), *chance.flatten().tolist()])
+        assert framing.shape == (10, 5)
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(30))
     assert orders[0] != orders[1]
-    assert len(torch.stack(flips).unique(dim=0)) == 6, "each process and epoch has chances of its own"
+    assert len({tuple(each) for each in others}) == 6, "each process and epoch has chances of its own"
+
+
+def test_a_network_for_photos_is_trained_on_framed_pictures_with_other_holes(monkeypatch):
+    seen, pixels = [], data.synthetic_faces(16, 32)
+    monkeypatch.setattr(inpaint, "training_step", lambda run, *batch: seen.append(batch[:2]) or {})
+    run = fresh("unet", "--wild")
+    inpaint.train_epoch(run, pixels)
+    order, flip, boxes, _, framing = inpaint.draw_epoch(run.options, 0, 16, 16)
+    images = torch.cat(list(data.batches(pixels, 8, order, flip, CPU)))
+    assert torch.equal(torch.cat([image for image, _ in seen]), data.frame(images, framing))
+    assert torch.equal(torch.cat([mask for _, mask in seen]), data.box_mask(boxes, 32))
 
 
 def test_the_learning_rate_rises_over_the_first_tenth_then_falls_to_zero(monkeypatch):
@@ -1128,7 +1224,7 @@ def test_validation_is_the_mean_over_pictures_and_the_same_bits_twice(faces):
 
 
 def test_what_is_painted_does_not_depend_on_the_other_pictures_of_a_batch():
-    (image, mask), network, exact = small_batch(), fresh().ema, {"precision": "float32"}
+    (image, mask, _), network, exact = small_batch(), fresh().ema, {"precision": "float32"}
     for weight in network.parameters():
         weight.normal_(0, 0.3)
     first, again, alone = (inpaint.run_ema(network, z, mask[:1], exact) for z in (image, image, image[:1]))
@@ -1200,7 +1296,7 @@ def assert_same_run(one, two):
 
 @pytest.mark.parametrize("model, loss", [("unet", "l1"), ("gan", "30*l1+adversarial")])
 def test_a_run_stopped_and_resumed_ends_bit_for_bit_like_one_that_was_not(model, loss, monkeypatch, capsys):
-    words = ["--model", model, "--loss", loss, "--act", "swish", "--epochs", 3, "--hole-at", "random", *TINY]
+    words = ["--model", model, "--loss", loss, "--act", "swish", "--epochs", 3, "--wild", *TINY]
     assert command(*words, "--out", "whole") == 0
     with monkeypatch.context() as patch:
         stopped(patch, 6)  # in the second epoch
@@ -1355,11 +1451,11 @@ def test_a_network_that_learnt_400_real_faces_paints_others_better_than_diffusio
 # === inpaint.py: several processes ================================================================
 
 
-def gradients(run, image, mask):
+def gradients(run, *batch):
     """Those of all networks in a step that moves no weight."""
     for optimizer in run.optimizers.values():
         optimizer.param_groups[0]["lr"] = 0.0
-    inpaint.training_step(run, image, mask)
+    inpaint.training_step(run, *batch)
     return [weight.grad.clone() for network in run.networks.values() for weight in network.parameters()]
 
 
@@ -1372,12 +1468,12 @@ def two_processes(rank, folder, model, loss):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     seen, run = {}, fresh(model, loss=loss)
     inpaint.share_gradients(run)
-    image, mask = (part[8 * rank : 8 * rank + 8] for part in small_batch(16))
-    seen["gradients"] = gradients(run, image, mask)
+    batch = [part[8 * rank : 8 * rank + 8] for part in small_batch(16)]
+    seen["gradients"] = gradients(run, *batch)
     for optimizer in run.optimizers.values():
         optimizer.param_groups[0]["lr"] = 1e-3
     for _ in range(3):
-        inpaint.training_step(run, image, mask)
+        inpaint.training_step(run, *batch)
     inpaint.average_buffers(run)
     seen["states"] = [network.state_dict() for network in (*run.networks.values(), run.ema)]
     order = []
@@ -1398,7 +1494,7 @@ def test_two_processes_average_their_gradients_and_stay_equal(model, loss, tmp_p
     torch.multiprocessing.spawn(two_processes, (str(tmp_path), model, loss), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     halves = zip(*(part.split(8) for part in small_batch(16)))
-    halves = [gradients(fresh(model, loss=loss), image, mask) for image, mask in halves]
+    halves = [gradients(fresh(model, loss=loss), *half) for half in halves]
     for found, again, one, two in zip(first["gradients"], second["gradients"], *halves, strict=True):
         assert torch.equal(found, again)
         assert torch.allclose(found, (one + two) / 2, atol=1e-5, rtol=1e-3)
@@ -1511,7 +1607,7 @@ def test_compare_trains_each_row_k_times_and_gives_mean_and_deviation(monkeypatc
     assert read_csv("runs/compare/table.csv")[0]["psnr_hole"] == expected
 
 
-@pytest.mark.parametrize("words", ["", "--hole-at random --lr 0.001 --limit 16 --val 0.5"])
+@pytest.mark.parametrize("words", ["", "--wild --lr 0.001 --limit 16 --val 0.5"])
 def test_every_row_of_the_table_can_be_trained_in_a_folder_of_its_own(words, monkeypatch):
     rows = []
 
@@ -1669,6 +1765,20 @@ def test_a_hole_anywhere_in_a_larger_photo_is_shown_where_it_was_in_training(box
     assert right < 0.7 * moved
 
 
+def test_a_network_for_photos_is_handed_the_mask_as_it_is_and_sees_the_same_square(faces, shown):
+    (ema, options), mask = network("--wild"), torch.zeros(1, 64, 64)
+    mask[:, 22:41, 22:28] = mask[:, 35:41, 22:41] = 1  # an L
+    inpaint.fill(ema, options, faces[0], mask)
+    ((damaged, hole),) = shown
+    assert torch.equal(hole[0], mask)
+    assert (damaged[0] - data.damage(faces[0], mask)).abs().max() < 1e-6
+    for wild in (True, False):
+        options = {"res": 64, "hole": 0.3, "wild": wild}  # 19 pixels from 22 on
+        assert inpaint.view(options, (22, 22, 41, 41)) == (0, 0, 1)
+        assert inpaint.view(options, (100, 50, 138, 88)) == (6, 56, 2)
+        assert inpaint.view(options, (100, 60, 138, 70)) == (2, 56, 2), "as if it were square"
+
+
 @pytest.mark.parametrize("box", [(0, 0, 57, 57), (150, 0, 42, 192), (60, 135, 57, 57)])
 def test_beyond_a_hole_at_the_photos_edge_the_network_sees_the_colours_around_it(box, shown):
     (ema, options), mask, (top, left, tall, wide) = network(), torch.zeros(1, 192, 192), box
@@ -1687,7 +1797,7 @@ def test_the_join_changes_the_psnr_of_the_hole_by_less_than_a_seventh_of_a_decib
     for step in range(160):
         run.optimizers["generator"].param_groups[0]["lr"] = inpaint.learning_rate(1e-2, step, 160)
         image = training[torch.arange(step * 16, step * 16 + 16) % 200]
-        inpaint.training_step(run, image, hole.expand(16, -1, -1, -1))
+        inpaint.training_step(run, image, hole.expand(16, -1, -1, -1), None)
     found = inpaint.validate(lambda z: inpaint.run_ema(run.ema, z, hole, run.options), validation, hole)
     image = validation.float() / 255
     restored = torch.stack([inpaint.fill(run.ema, options, face, hole[0]) for face in image])
@@ -1845,7 +1955,9 @@ def test_a_preset_fills_what_is_not_given_and_a_gan_with_a_distance_learns_faste
     for words, expected in (
         (["--model", "unet"], {"res": 128, "loss": "l1", "lr": 3e-3, "depth": 5, "width": 32, "limit": 2}),
         (["--model", "gan"], {"res": 64, "lr": 2e-4, "depth": 4, "width": 24, "limit": 16}),
+        (["--model", "gan"], {"augment": "jitter", "norm": "group"}),
         (["--model", "gan", "--loss", "30 * l1 + adversarial"], {"loss": "30*l1+adversarial", "lr": 5e-4}),
+        (["--model", "gan", "--loss", "mse+adversarial"], {"augment": "color+shift", "norm": "batch"}),
         (["--model", "gan", "--loss", "l1+adversarial", "--lr", "0.1"], {"lr": 0.1, "act": "relu"}),
     ):
         args = inpaint.parser().parse_args(words)
@@ -1951,7 +2063,8 @@ BAD_VALUES = {
     "res": "0 -64 7 63 1024 64.5", "hole": "0 1.1 -0.1 nan x", "val": "0 1.5 nan", "epochs": "0 -1 1.5 x",
     "batch": "0 -8 1.5", "width": "0 -4 1025", "depth": "0 -1 10", "limit": "0 257", "lr": "0 -0.1 nan inf",
     "hole-weight": "0 nan inf", "seed": "-1 9e9", "device": "tpu", "act": "gelu", "model": "vae",
-    "fake": "all", "precision": "half", "colour": "red", "loss": "l3 l1+l1 0*l1", "hole-at": "left",
+    "fake": "all", "precision": "half", "colour": "red", "loss": "l3 l1+l1 0*l1", "augment": "more",
+    "norm": "layer",
 }  # fmt: skip
 REFUSED = {  # words: a part of the line
     **{f"--{name}={value}": f"--{name}" for name, values in BAD_VALUES.items() for value in values.split()},
