@@ -48,7 +48,7 @@ PRESETS = {
     "gan": {"res": 64, "loss": "adversarial+30*known", "depth": 4, "width": 24, "limit": 16, "lr": 2e-4},
 }
 COMMON = {"act": "relu", "hole_weight": 10.0, "fake": "restored", "augment": "jitter", "norm": "group"}
-# A GAN with a distance in its loss is guided by it: it may learn faster, from a discriminator that sees less.
+# A distance in the loss guides the GAN: it may learn faster, from a discriminator that sees less.
 WITH_DISTANCE = {"lr": 5e-4, "augment": "color+shift", "norm": "batch"}
 DISCRIMINATOR_RATE = 2e-4  # DCGAN's; a discriminator that learns faster wins before the generator can paint
 WEIGHT_DECAY = 0.05  # of the U-Net: a little against overfitting
@@ -649,7 +649,10 @@ DIGITS |= dict.fromkeys(("ssim_restored", "specks", "swd_hole"), 4)
 
 def compare(argv: list[str], out: Path, seeds: int, device: torch.device) -> None:
     """Train the rows that are not finished; write table.md, table.csv, tradeoff.png and comparison.png."""
-    rows = [(name, row_options(argv, row), paper) for name, row, paper in ROWS]
+    rows = []
+    for name, row, paper in ROWS:
+        defaults = preset(row["model"], row.get("loss")) | {"res": 64, "epochs": 10} | row
+        rows.append((name, complete_options(argv, defaults), paper))
     options = rows[0][1]
     training, validation = load_data(options, least=2 * rank_and_world()[1])
     mask = data.center_hole(options["res"], options["hole"]).to(device)
@@ -674,11 +677,6 @@ def compare(argv: list[str], out: Path, seeds: int, device: torch.device) -> Non
             data.say(table_line(table_cells(table[number])), "stdout")
             write_table(out, table + below, floor, [("original", image), ("damaged", damaged)])
     data.say(f"{out}/table.md, {out}/tradeoff.png and {out}/comparison.png are written", "stdout")
-
-
-def row_options(argv: list[str], row: dict) -> dict:
-    """Every option of a row: its own, those of the command line, and the presets."""
-    return complete_options(argv, preset(row["model"], row.get("loss")) | {"res": 64, "epochs": 10} | row)
 
 
 def finish_row(folder: Path, options: dict, training, validation, device: torch.device) -> Run:
@@ -749,6 +747,8 @@ def write_table(out: Path, table: list[dict], floor: str, faces: list) -> None:
 
 
 # --- Restoring your own photo ---------------------------------------------------------------------
+
+
 def restore_photos(args: argparse.Namespace, options: dict, device: torch.device) -> None:
     """All photos of --restore and in its folders. Those that fail are named at the end, and end no other."""
     state = read_checkpoint(args.checkpoint, device)
@@ -782,8 +782,10 @@ def photos_in(folder: Path) -> list[Path]:
 
 
 def restore_photo(ema: models.UNet, options: dict, file: Path, mask_file: str | None, out: Path) -> None:
-    """NAME-restored.png and NAME-compare.png in `out`, numbered if they exist; known pixels are the
-    photo's, to the bit."""
+    """NAME-restored.png and NAME-compare.png in `out`, numbered if they exist.
+
+    Known pixels are the photo's, to the bit.
+    """
     photo = read_photo(file)
     pixels = data.to_tensor(photo)
     mask = read_mask(mask_file, photo) if mask_file else central_mask(photo, options)
@@ -791,8 +793,8 @@ def restore_photo(ema: models.UNet, options: dict, file: Path, mask_file: str | 
     restored = fill(ema, options, image, mask).mul(255).round().to(torch.uint8)
     picture = data.to_picture(torch.where(mask > 0, restored, pixels))
     profile = photo.info.get("icc_profile") or b""
-    # The same colours on the same screen.
-    picture.info["icc_profile"] = profile if profile[16:20] == b"RGB " else None
+    if profile[16:20] == b"RGB ":  # the same colours on the same screen
+        picture.info["icc_profile"] = profile
     sheets = {"damaged": data.to_picture(data.damage(image, mask)), "restored": picture}
     if not mask_file:
         sheets["original"] = photo
@@ -816,9 +818,9 @@ def read_photo(file: Path, behind: str = "white") -> PIL.Image.Image:
 def central_mask(photo: PIL.Image.Image, options: dict) -> torch.Tensor:
     """The hole of the training, in the central square of the photo: (1, H, W), 1 in the hole."""
     square = min(photo.size)
-    corner, side = hole_of(options)
-    side = max(1, round(square * side / options["res"]))
-    start = round(square * corner / options["res"])
+    first, _, end, _ = data.center_box(options["res"], options["hole"])[0].tolist()
+    side = max(1, round(square * (end - first) / options["res"]))
+    start = round(square * first / options["res"])
     top, left = ((length - square) // 2 + start for length in (photo.height, photo.width))
     mask = torch.zeros(1, photo.height, photo.width)
     mask[:, top : top + side, left : left + side] = 1
@@ -845,18 +847,6 @@ def read_mask(file: str, photo: PIL.Image.Image) -> torch.Tensor:
     return mask
 
 
-def hole_of(options: dict) -> tuple[int, int]:
-    """(first row and column, side) of the hole that a network was trained with, in its pixels."""
-    top, _, bottom, _ = data.center_box(options["res"], options["hole"])[0].tolist()
-    return top, bottom - top
-
-
-def bounding_box(mask: torch.Tensor) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right) of the hole, mask (1, H, W), the last two just outside."""
-    rows, columns = mask[0].any(1).nonzero(), mask[0].any(0).nonzero()
-    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
-
-
 def view(options: dict, box: tuple[int, int, int, int]) -> tuple[float, float, float]:
     """The square of a photo that the network sees: (left, top, photo's pixels for one of its own).
 
@@ -864,9 +854,9 @@ def view(options: dict, box: tuple[int, int, int, int]) -> tuple[float, float, f
     leave the photo.
     """
     top, left, bottom, right = box
-    first, side = hole_of(options)
-    scale = max(bottom - top, right - left) / side
-    middle = (first + side / 2) * scale  # of the hole, from the left or top end of the view
+    first, _, end, _ = data.center_box(options["res"], options["hole"])[0].tolist()
+    scale = max(bottom - top, right - left) / (end - first)
+    middle = (first + end) / 2 * scale  # of the hole, from the left or top end of the view
     return (left + right) / 2 - middle, (top + bottom) / 2 - middle, scale
 
 
@@ -877,12 +867,14 @@ def fill(ema: models.UNet, options: dict, photo: torch.Tensor, mask: torch.Tenso
     """
     res = options["res"]
     known = 1 - mask
-    top, left, bottom, right = bounding_box(mask)
+    seen = photo * known
+    rows, columns = mask[0].any(1).nonzero(), mask[0].any(0).nonzero()
+    top, left, bottom, right = int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
     x0, y0, scale = view(options, (top, left, bottom, right))
     square = (x0, y0, x0 + res * scale, y0 + res * scale)
     # How much of each small pixel is known: only that gives its colour.
     share = data.crop_resize(known, square, (res, res))
-    image = data.crop_resize(photo * known, square, (res, res)) / share.clamp(min=1e-6)
+    image = data.crop_resize(seen, square, (res, res)) / share.clamp(min=1e-6)
     unknown = (share < 0.5).float()[None]
     image = models.harmonic(image.clamp(0, 1)[None], unknown)  # beyond the photo's edge too
     # A network that saw nothing but the centre hole relies on it; one for photos has learnt to use its mask.
@@ -893,25 +885,23 @@ def fill(ema: models.UNet, options: dict, photo: torch.Tensor, mask: torch.Tenso
     top, left = max(0, top - 1), max(0, left - 1)
     bottom, right = min(photo.shape[1], bottom + 1), min(photo.shape[2], right + 1)
     box = [(left - x0) / scale, (top - y0) / scale, (right - x0) / scale, (bottom - y0) / scale]
-    painted = data.crop_resize(output, box, (right - left, bottom - top))
-    restored = photo.clone()
     here = (slice(None), slice(top, bottom), slice(left, right))
-    restored[here] = join(painted, photo[here], mask[here])
+    joined = join(data.crop_resize(output, box, (right - left, bottom - top)), photo[here], mask[here])
+    if torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]):  # a grey photo stays grey
+        joined = joined.mean(0, keepdim=True)
+    restored = photo.clone()
+    restored[here] = data.paste(joined, photo[here], mask[here])
     return restored
 
 
 def join(painted: torch.Tensor, photo: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The painted hole in its photo with no step at the rim: (3, H, W) twice, mask (1, H, W) -> (3, H, W).
+    """What was painted, with no step at the rim of the hole: (3, H, W) twice, mask (1, H, W) -> (3, H, W).
 
     At the rim, the photo differs a little from what the network painted for the same known pixels. That
-    difference is carried on into the hole by Laplace's equation and added. A grey photo stays grey.
+    difference is carried on into the hole by Laplace's equation and added.
     """
     difference = (photo - painted) * (1 - mask)
-    joined = (painted + models.harmonic(difference[None], mask[None])[0]).clamp(0, 1)
-    known = photo * (1 - mask)
-    if torch.equal(known[0], known[1]) and torch.equal(known[1], known[2]):
-        joined = joined.mean(0, keepdim=True).expand_as(joined)
-    return data.paste(joined, photo, mask)
+    return (painted + models.harmonic(difference[None], mask[None])[0]).clamp(0, 1)
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -975,7 +965,7 @@ def refuse(message: str):
 
 
 def preset(model: str, loss: str | None) -> dict:
-    """The options that --model sets; a GAN with a distance in its loss learns faster."""
+    """The options that --model and the loss set."""
     options = {"model": model} | COMMON | PRESETS[model]
     if model == "gan" and any(distance in (loss or "") for distance in losses.DISTANCES):
         options |= WITH_DISTANCE
@@ -1020,7 +1010,7 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: this machine or this PyTorch has none; leave the option out")
     if name != "cuda":
         return torch.device(name)
-    rank, world = rank_and_world()
+    _, world = rank_and_world()
     number = int(os.environ["LOCAL_RANK"]) if world > 1 else 0
     if number >= torch.cuda.device_count():
         gpus = torch.cuda.device_count()
