@@ -151,7 +151,7 @@ class Discriminator(nn.Module):
         return self.judge(picture * 2 - 1).flatten().float()
 
 
-AUGMENTS = {"none": (0.0, 0.0), "jitter": (0.0, 0.01), "color+shift": (1.0, 0.125)}  # colour, far
+AUGMENTS = {"none": (0.0, 0.0), "jitter": (0.0, 0.0125), "color+shift": (1.0, 0.125)}  # colour, far
 
 
 def augment(picture: torch.Tensor, chance: torch.Tensor, kind: str) -> torch.Tensor:

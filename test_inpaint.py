@@ -682,7 +682,7 @@ def test_augment_is_its_formula_picture_by_picture(faces):
     b, s, c = (z[:, None, None, None] for z in (u[:, 0] / 2, 1 + u[:, 1], 1 + u[:, 2] / 2))
     grey, mean = x.mean(1, keepdims=True), x.mean((1, 2, 3), keepdims=True)
     coloured = mean + b + c * (grey - mean + s * (x - grey))
-    for kind, changed, far in (("color+shift", coloured, 8), ("jitter", x, 0.64)):
+    for kind, changed, far in (("color+shift", coloured, 8), ("jitter", x, 0.8)):
         expected = np.zeros_like(x)
         for k, (down, right) in enumerate(np.round(far * u[:, 3:]).astype(int)):
             rows, columns = (np.arange(max(0, -z), min(64, 64 - z))[:, None] for z in (down, right))
