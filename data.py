@@ -14,6 +14,7 @@ Try it:  python -c "import data; data.grid([('faces', data.synthetic_faces(8, 64
 import collections
 import contextlib
 import csv
+import errno
 import glob
 import hashlib
 import io
@@ -46,16 +47,17 @@ def center_box(res: int, fraction: float) -> torch.Tensor:
     return torch.tensor([[corner, corner, corner + side, corner + side]])
 
 
-def random_boxes(n: int, res: int, fraction: float, generator: torch.Generator) -> torch.Tensor:
-    """(n, 4) holes for people's photos, in the middle, where every hole is shown to a network (inpaint.view).
+def random_boxes(n: int, res: int, fraction: float, rng: torch.Generator) -> torch.Tensor:
+    """Holes for --wild, all in the middle, where every photo's hole is shown (inpaint.view) -> (n, 4).
 
-    Half of them are the paper's square. The others are as long in one direction, and shorter in the other:
-    drawn evenly from a quarter of that on.
+    Half are the paper's square. The others keep one of its sides; the other side is drawn evenly from a
+    quarter of it to all of it.
     """
     side = round(res * fraction)
     long = torch.full((n, 1), side)
-    short = torch.randint(max(1, side // 4), side + 1, (n, 1), generator=generator)
-    flat, square = (torch.rand(n, 1, generator=generator) < 0.5 for _ in range(2))
+    short = torch.randint(max(1, side // 4), side + 1, (n, 1), generator=rng)
+    flat = torch.rand(n, 1, generator=rng) < 0.5
+    square = torch.rand(n, 1, generator=rng) < 0.5
     size = torch.where(flat, torch.cat([short, long], 1), torch.cat([long, short], 1))
     corner = (res - size) // 2
     return torch.where(square, center_box(res, fraction), torch.cat([corner, corner + size], 1))
@@ -94,31 +96,31 @@ EYES = [(0.25, 0.14, 0.08), (0.40, 0.27, 0.12), (0.33, 0.42, 0.22), (0.30, 0.48,
 
 
 def synthetic_faces(n: int, res: int, seed: int = 0) -> torch.Tensor:
-    """Draw n faces: uint8 (n, 3, res, res), aligned like CelebA's. A seed always gives the same ones, but
-    for the rounding of another kind of processor.
+    """Draw n faces: uint8 (n, 3, res, res), aligned like CelebA's.
 
-    Head, hair, ears, brows, eyes, nose, mouth, neck, shoulders and background vary in colour, shape, pose,
-    light and expression. Much of what the hole hides follows from the rest, but not all.
+    A seed always gives the same ones, but for the rounding of another kind of processor. Head, hair, ears,
+    brows, eyes, nose, mouth, neck, shoulders and background vary in colour, shape, pose, light and
+    expression. Much of what the hole hides follows from the rest, but not all.
     """
-    numbers = torch.rand(n, 64, generator=torch.Generator().manual_seed(seed))
+    chance = torch.rand(n, 64, generator=torch.Generator().manual_seed(seed))
     faces = torch.empty(n, 3, res, res, dtype=torch.uint8)
     fits = max(1, (1 << 18) // res**2)  # so many stay in the processor's cache
     for part in torch.arange(n).split(fits):
         progress(f"drawing faces: {int(part[0])}/{n}")
-        faces[part] = draw_faces(numbers[part], res).mul_(255).round_().to(torch.uint8)
+        faces[part] = draw_faces(chance[part], res).mul_(255).round_().to(torch.uint8)
     progress(None)
     return faces
 
 
-def draw_faces(random: torch.Tensor, res: int) -> torch.Tensor:
+def draw_faces(chance: torch.Tensor, res: int) -> torch.Tensor:
     """A face for each row of random numbers (B, 64) -> (B, 3, res, res) in [0, 1].
 
     All lengths are in sides of the picture. First the person's traits are drawn at random. What lies in the
     hole depends on them, and on more random numbers.
     """
-    numbers = iter(random[:, :, None, None].unbind(1))  # (B, 1, 1) each
+    numbers = iter(chance[:, :, None, None].unbind(1))  # (B, 1, 1) each
 
-    def vary(low, high):
+    def vary(low, high):  # in the order of the calls, which decides what the faces look like
         return low + (high - low) * next(numbers)
 
     p = SimpleNamespace()
@@ -136,7 +138,7 @@ def draw_faces(random: torch.Tensor, res: int) -> torch.Tensor:
     p.cy = vary(0.475, 0.49)
     line = (torch.arange(res) + 0.5) / res
     plane = (line[:, None], line[None, :], 1 / res)  # y, x, the side of a pixel
-    canvas = torch.zeros(len(random), 3, res, res)
+    canvas = torch.zeros(len(chance), 3, res, res)
     for draw in (draw_back, draw_head, draw_eyes, draw_nose, draw_mouth):
         draw(canvas, plane, p, vary)
     return canvas.mul_(vary(0.85, 1.08)[:, None]).clamp_(0, 1)
@@ -300,17 +302,18 @@ def frame(image: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
     middle is moved: across by up to 15 % of the side, and from 5 % up to 30 % down, as far as the mouth of
     a face that is cut like CelebA's. Beyond the border, the picture is reflected.
     """
-    keep, zoom, angle, across, down = chance.unbind(1)
-    zoom = 1.5 ** (2 * zoom - 1)
-    angle = math.radians(5) * (2 * angle - 1)
-    across = 2 * 0.15 * (2 * across - 1)  # for affine_grid a picture is 2 wide
-    down = 2 * (0.35 * down - 0.05)
-    cosine, sine = torch.cos(angle) / zoom, torch.sin(angle) / zoom
+    u1, u2, u3, u4, u5 = chance.unbind(1)
+    zoom = 1.5 ** (2 * u2 - 1)
+    angle = math.radians(5) * (2 * u3 - 1)
+    across = 2 * 0.15 * (2 * u4 - 1)  # for affine_grid a picture is 2 wide
+    down = 2 * (0.35 * u5 - 0.05)
+    cosine = torch.cos(angle) / zoom
+    sine = torch.sin(angle) / zoom
     moved = torch.stack([cosine, -sine, across, sine, cosine, down], 1).view(-1, 2, 3)
     as_it_is = torch.eye(2, 3, device=image.device)
-    affine = torch.where(keep[:, None, None] < 0.3, as_it_is, moved)
-    grid = F.affine_grid(affine, list(image.shape), align_corners=False)
-    return F.grid_sample(image, grid, padding_mode="reflection", align_corners=False)
+    affine = torch.where(u1[:, None, None] < 0.3, as_it_is, moved)
+    places = F.affine_grid(affine, list(image.shape), align_corners=False)
+    return F.grid_sample(image, places, padding_mode="reflection", align_corners=False)
 
 
 # --- One photograph: a file becomes pixels --------------------------------------------------------
@@ -364,8 +367,8 @@ def central_square(picture: Image.Image, res: int) -> Image.Image:
 def crop_resize(z: torch.Tensor, box: tuple, size: tuple[int, int]) -> torch.Tensor:
     """Scale the part of z (C, H, W) in a box of real-valued corners to size (w, h) -> (C, h, w).
 
-    The box is (left, top, right, bottom) and may leave the picture: beyond its border, the border is
-    repeated.
+    The box is (left, top, right, bottom) and may leave the picture. Beyond the border, the border's pixels
+    are repeated.
     """
     shrink = int((box[2] - box[0]) / size[0] / 8)
     if shrink > 1:  # more than 8 pixels for one: take means first, or a large photo's box fills the memory
@@ -386,6 +389,11 @@ def crop_resize(z: torch.Tensor, box: tuple, size: tuple[int, int]) -> torch.Ten
 def to_tensor(picture: Image.Image) -> torch.Tensor:
     """RGB picture -> uint8 (3, H, W)."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def to_float(pixels: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """uint8, any shape -> float in [0, 1], on the device."""
+    return pixels.to(device).float() / 255
 
 
 def to_picture(image: torch.Tensor) -> Image.Image:
@@ -415,7 +423,7 @@ def load_images(path: str | Path, res: int, cache: str | Path = "cache") -> torc
     try:
         content = checksum([stamp(*pair) for pair in found])
     except OSError as error:
-        raise cannot_read(error.filename, error) from error
+        raise cannot_read(error.filename or path, error) from error
     file = Path(cache, f"{path.stem}-{place}-{res}-{content}.bytes")
     pixels = read_cache(file, res, len(found))
     if pixels is not None:
@@ -429,14 +437,17 @@ def load_images(path: str | Path, res: int, cache: str | Path = "cache") -> torc
         with whole_file(file) as stream:
             for picture in decode_all(path, found, res):
                 stream.write(picture.tobytes())
-        return read_cache(file, res, len(found))
+        pixels = read_cache(file, res, len(found))
+        if pixels is None:
+            raise OSError(errno.EIO, "it cannot be read back")
+        return pixels
     except OSError as error:
         say(f"warning: no cache can be kept in {file.parent} ({error.strerror}): reading for this run only")
         return torch.from_numpy(np.stack(list(decode_all(path, found, res))))
 
 
 def checksum(value) -> str:
-    """Twelve letters that are others for another value."""
+    """Twelve hexadecimal digits that change with the value."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
@@ -449,17 +460,17 @@ def find_pictures(path: Path) -> list[tuple]:
     try:
         found = folder_files(path) if path.is_dir() else zip_entries(path)
     except OSError as error:
-        raise cannot_read(error.filename, error) from error
+        raise cannot_read(error.filename or path, error) from error
     visible = [pair for pair in found if not any(map(is_hidden, Path(pair[0]).parts))]
     pictures = [pair for pair in visible if pair[0].lower().endswith(PICTURES)]
-    names = [name for name, _ in visible if not name.lower().endswith(PICTURES)]
-    others = collections.Counter(Path(name).suffix.lower() or "no suffix" for name in names)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
+    others = [Path(name) for name, _ in visible if not name.lower().endswith(PICTURES)]
+    counts = collections.Counter(file.suffix.lower() or "no suffix" for file in others)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(5))
     if not pictures:
         holds = f"; it holds {kinds}" if kinds else ""
         raise InputError(f"{path} holds no picture ({' '.join(PICTURES)}){holds}")
     if kinds:
-        say(f"{path}: {len(names)} files of other kinds are skipped ({kinds})")
+        say(f"{path}: {len(others)} files of other kinds are skipped ({kinds})")
     return sorted(pictures, key=lambda pair: pair[0])
 
 
@@ -469,13 +480,19 @@ def is_hidden(part: str) -> bool:
 
 
 def folder_files(path: Path) -> list[tuple]:
-    """(name, file) of every file below a folder; links are followed."""
+    """(name, file) of every file below a folder; links are followed, and no folder is entered twice."""
 
     def fail(error):
         raise error
 
-    walk = os.walk(path, onerror=fail, followlinks=True)
-    files = [Path(folder, name) for folder, _, names in walk for name in names]
+    files, entered = [], set()
+    for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in entered:  # a link that leads back
+            folders.clear()
+        else:
+            files += [Path(folder, name) for name in names]
+            entered.add(place)
     return [(file.relative_to(path).as_posix(), file) for file in files]
 
 
@@ -528,7 +545,7 @@ def cannot_read(path: str | Path, error: OSError) -> InputError:
         return InputError(f"{path} cannot be read: it points to nothing; mend or remove the link")
     if isinstance(error, FileNotFoundError):
         return InputError(f"{path} does not exist: give the place where it is")
-    return InputError(f"{path} cannot be read ({error.strerror}): see who may read it")
+    return InputError(f"{path} cannot be read ({error.strerror or error}): see who may read it")
 
 
 def read_cache(file: Path, res: int, count: int) -> torch.Tensor | None:
@@ -617,8 +634,8 @@ def to_json(value: dict) -> bytes:
 def grid(rows: list[tuple[str, torch.Tensor]], tile: int = 128) -> Image.Image:
     """A table of pictures: each row has a label and images (N, 3, H, W).
 
-    Small pictures are enlarged by a whole number of times, pixel by pixel, to about `tile`: nothing is
-    smoothed.
+    Small pictures are enlarged by a whole number of times, pixel by pixel, to about `tile`. So nothing is
+    made smoother than it is.
     """
     font = ImageFont.load_default(15)
     res = rows[0][1].shape[-1]
@@ -666,8 +683,12 @@ def chart(x_title: str, curves: dict[str, list[tuple]], width: int = 480, height
     finite is left out.
     """
     font = ImageFont.load_default(13)
-    curves = {name: [p for p in curve if all(map(math.isfinite, p))] for name, curve in curves.items()}
-    curves = {name: curve for name, curve in curves.items() if curve} or {"": [(0.0, 0.0)]}
+    finite = {}
+    for name, curve in curves.items():
+        points = [point for point in curve if all(map(math.isfinite, point))]
+        if points:
+            finite[name] = points
+    curves = finite or {"": [(0.0, 0.0)]}
     left, top, bottom = 58, 10, height - 40
     right = width - 20 - max(round(font.getlength(name)) for name in curves)
     x0, x1 = axis([x for curve in curves.values() for x, _ in curve])

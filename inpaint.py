@@ -64,18 +64,19 @@ class Run:
     DCGAN's. The loss decides whether there is a discriminator. `ema` is the averaged generator.
     """
 
-    def __init__(self, options: dict, device: torch.device):
+    def __init__(self, options: dict, device: torch.device, pictures: int = 0):
         self.options = options
         self.device = device
+        self.pictures = pictures  # in the data set, to know it again
+        self.mask = data.center_hole(options["res"], options["hole"]).to(device)  # for validation
         self.step = 0
         self.epoch = 0
-        self.pictures = None  # how many, once they are known
         self.log = []  # a row for each epoch
         self.film = []  # three restored faces for each epoch, uint8 (3, 3, res, res)
         self.loss_weights = losses.parse_loss(options["loss"])
         torch.manual_seed(options["seed"])
         self.networks = {"generator": self.prepare(build_generator(options))}
-        self.networks["generator"].start_by_keeping()
+        self.networks["generator"].start_by_keeping()  # after DCGAN's start, which is another
         if "adversarial" in self.loss_weights:
             discriminator = models.Discriminator(options["res"], options["width"], options["norm"])
             self.networks["discriminator"] = self.prepare(discriminator)
@@ -118,19 +119,19 @@ def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor, chance: tor
         real = look(image, chance[:, 0])
         fake = data.paste(output, image, mask) if options["fake"] == "restored" else output
         # (1) The discriminator: a high D(real), a low D(fake). The generator is left out: detach.
-        seen = look(fake.detach(), chance[:, 1])
+        fake_alone = look(fake.detach(), chance[:, 1])
         with precision():
             real_logit = run.discriminator(real)  # (B,)
-            fake_logit = run.discriminator(seen)
+            fake_logit = run.discriminator(fake_alone)
         report["d_loss"] = losses.discriminator_loss(real_logit, fake_logit, SMOOTH)
         update(run.optimizers["discriminator"], report["d_loss"])
         report["D(real)"] = real_logit.sigmoid().mean()
         report["D(fake)"] = fake_logit.sigmoid().mean()
         # (2) The generator: a high D(fake), judged anew. The discriminator's weights are left out.
         judge = run.networks["discriminator"].requires_grad_(False)
-        seen = look(fake, chance[:, 2])
+        fake = look(fake, chance[:, 2])
         with precision():
-            terms["adversarial"] = losses.generator_loss(judge(seen))
+            terms["adversarial"] = losses.generator_loss(judge(fake))
         judge.requires_grad_(True)
     # With any network: minimise the distance from the original too, if the loss has one.
     terms |= losses.distances(run.loss_weights, output, image, mask, options["hole_weight"])
@@ -191,13 +192,13 @@ def draw_epoch(options: dict, epoch: int, count: int, take: int) -> tuple[torch.
     boxes = data.center_box(options["res"], options["hole"]).expand(take, 4)
     if options["wild"]:
         boxes = data.random_boxes(take, options["res"], options["hole"], own)
-    chance = torch.rand(take, 3, 5, generator=own)
+    looks = torch.rand(take, 3, 5, generator=own)
     framing = torch.rand(take, 5, generator=own)
-    return order, flip, boxes, chance, framing
+    return order, flip, boxes, looks, framing
 
 
 def learning_rate(highest: float, step: int, total: int) -> float:
-    """Rises in a straight line to `highest` over the first tenth of all steps, then falls in one to 0.
+    """Rises in a straight line to `highest` over the first tenth of all steps, then falls in another to 0.
 
     Fresh weights get small steps first. At the end, small steps let the run converge (section 2.5).
     """
@@ -212,8 +213,7 @@ def train_epoch(run: Run, training: torch.Tensor) -> dict[str, float]:
     batch = min(options["batch"], here)
     steps = here // batch
     total = options["epochs"] * steps
-    choices = draw_epoch(options, run.epoch, len(training), steps * batch)
-    order, flip, boxes, chance, framing = choices
+    order, flip, boxes, looks, framing = draw_epoch(options, run.epoch, len(training), steps * batch)
     boxes, framing = boxes.to(run.device), framing.to(run.device)
     highest = {"generator": options["lr"], "discriminator": DISCRIMINATOR_RATE}
     sums = {}
@@ -226,21 +226,25 @@ def train_epoch(run: Run, training: torch.Tensor) -> dict[str, float]:
         if options["wild"]:
             image = data.frame(image, framing[part])
         mask = data.box_mask(boxes[part], options["res"])
-        report = training_step(run, image, mask, chance[part])
+        report = training_step(run, image, mask, looks[part])
         sums = {name: sums.get(name, 0) + value for name, value in report.items()}
         if rank == 0 and time.perf_counter() - last_look > 1:
             check_finite(run, sums)
             last_look = time.perf_counter()
             speed = (i + 1) * batch * world / (last_look - began)
             left = data.time_left((total - run.epoch * steps - i - 1) * batch * world, speed)
-            means = "  ".join(f"{name} {float(value) / (i + 1):.4f}" for name, value in sums.items())
             place = f"epoch {run.epoch + 1}/{options['epochs']}  step {i + 1}/{steps}"
-            data.progress(f"{place}  {speed:.0f} images/s  {means}{left}")
+            data.progress(f"{place}  {speed:.0f} images/s  {in_words(sums, i + 1)}{left}")
     check_finite(run, sums)
     for network in (*run.networks.values(), run.ema):
         check_finite(run, {f"a weight ({name})": value.sum() for name, value in network.state_dict().items()})
     speed = steps * batch * world / (time.perf_counter() - began)
     return {"images_per_second": speed} | {name: float(value) / steps for name, value in sums.items()}
+
+
+def in_words(sums: dict, count: int) -> str:
+    """The means of what is logged, for the screen."""
+    return "  ".join(f"{name} {float(value) / count:.4f}" for name, value in sums.items())
 
 
 def check_finite(run: Run, numbers: dict[str, torch.Tensor]) -> None:
@@ -254,8 +258,7 @@ def check_finite(run: Run, numbers: dict[str, torch.Tensor]) -> None:
 
 # --- Validation -----------------------------------------------------------------------------------
 
-REALISM = ("swd_hole", "sharpness")
-METRICS = (*losses.METRICS, *REALISM)
+METRICS = (*losses.PER_PICTURE, "swd_hole", "sharpness")
 
 
 @torch.no_grad()
@@ -278,13 +281,13 @@ def validate(painter, pixels: torch.Tensor, mask: torch.Tensor) -> dict[str, flo
     """
     values, kept = [], []
     for part in pixels.split(part_size(pixels)):
-        image = part.to(mask.device).float() / 255
+        image = data.to_float(part, mask.device)
         output = painter(data.damage(image, mask))
         restored = data.paste(output, image, mask)
         values.append(losses.measure(output, restored, image, mask))
         if len(kept) < 8:
             kept.append((restored, image))
-    result = dict(zip(losses.METRICS, torch.cat(values, 1).cpu().double().mean(1).tolist()))
+    result = dict(zip(losses.PER_PICTURE, torch.cat(values, 1).cpu().double().mean(1).tolist()))
     restored, image = (torch.cat(parts) for parts in zip(*kept))
     result["swd_hole"] = losses.swd(restored, image, mask)
     result["sharpness"] = losses.sharpness(restored, image, mask)
@@ -321,7 +324,7 @@ def check_options(options: dict) -> None:
 
 
 def flag(name: str) -> str:
-    """hole_at -> --hole-at."""
+    """hole_weight -> --hole-weight."""
     return "--" + name.replace("_", "-")
 
 
@@ -330,10 +333,10 @@ def load_data(options: dict, least: int = 1) -> tuple[torch.Tensor, torch.Tensor
 
     InputError if there are fewer than `least` pictures to train on, or none to validate.
     """
-    if options["data"] == "synthetic":
-        pixels = data.synthetic_faces(data.SYNTHETIC, options["res"])
-    else:
-        with first_process_first():  # the others find its cache
+    with first_process_first():  # the others find its cache
+        if options["data"] == "synthetic":
+            pixels = data.synthetic_faces(data.SYNTHETIC, options["res"])
+        else:
             pixels = data.load_images(options["data"], options["res"])
     training, validation = data.split(pixels, options["val"])
     if len(training) < least or not len(validation):
@@ -348,7 +351,8 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
     InputError for any other file, and for a damaged one. It runs no code.
     """
-    advice = "give the generator.pt of a run"
+    resume = Path(path).name == "last.pt"
+    advice = "give the folder of a run" if resume else "give the generator.pt of a run"
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -366,30 +370,47 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     return state | {"ema": ema.to(device, memory_format=torch.channels_last)}
 
 
-def open_run(folder: Path, options: dict, device: torch.device) -> Run:
-    """The run in a folder as its last.pt has it; InputError if the options contradict those that it has."""
-    state = read_checkpoint(folder / "last.pt", device)
+def new_run(options: dict, device: torch.device, pictures: int) -> Run:
+    """A run with fresh weights, in the precision that the device is fast at unless another is wanted."""
+    return Run(options | {"precision": choose_precision(options["precision"], device)}, device, pictures)
+
+
+def open_run(folder: Path, options: dict, device: torch.device, pictures: int) -> Run:
+    """The run in a folder as its last.pt has it; InputError if options or pictures are not those it had."""
+    path = folder / "last.pt"
+    state = read_checkpoint(path, device)
     stored = state["options"]
     if options["epochs"] > stored["epochs"]:
         stored = stored | {"epochs": options["epochs"]}
-    refuse_changes(options, stored, ("data",), folder / "last.pt")
-    _, world = rank_and_world()
-    if state["epoch"] < stored["epochs"] and state["processes"] != world:
-        had = f"the run in {folder} had {state['processes']} processes"
-        raise InputError(f"{had}, now there are {world}: start it as before")
-    run = Run(stored | {"data": options["data"]}, device)
+    refuse_changes(options, stored, ("data",), path)
+    choose_precision(stored["precision"], device)
+    run = Run(stored | {"data": options["data"]}, device, pictures)
     run.ema.load_state_dict(state["ema"].state_dict())
-    for name, network in run.networks.items():
-        network.load_state_dict(state[name])
-        run.optimizers[name].load_state_dict(state["optimizers"][name])
-        run.optimizers[name].param_groups[0]["fused"] = device.type != "mps"  # perhaps another device's
-    for name in ("step", "epoch", "pictures", "log", "film"):
-        setattr(run, name, state[name])
+    try:
+        for name, network in run.networks.items():
+            network.load_state_dict(state[name])
+            run.optimizers[name].load_state_dict(state["optimizers"][name])
+            run.optimizers[name].param_groups[0]["fused"] = device.type != "mps"  # it may be another device's
+        for name in ("step", "epoch", "log", "film"):
+            setattr(run, name, state[name])
+        had = {"pictures": state["pictures"], "processes": state["processes"]}
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} is not all that a run needs, or damaged: start a new run") from error
+    _, world = rank_and_world()
+    if had["pictures"] != pictures:
+        given = f"--data {options['data']} holds {pictures} pictures"
+        raise InputError(f"{given}, the run in {folder} had {had['pictures']}: give the same pictures")
+    if run.epoch < stored["epochs"] and had["processes"] != world:
+        told = f"the run in {folder} had {had['processes']} processes"
+        raise InputError(f"{told}, now there are {world}: start it as before")
     return run
 
 
 def refuse_changes(options: dict, stored: dict, free: tuple, path: str | Path) -> None:
-    """InputError naming the first option that is not the stored one, but for the free ones and auto."""
+    """InputError naming the first option that differs from the stored one.
+
+    Options in `free` may differ, and auto is as it was.
+    """
     for name, value in options.items():
         if name not in free and value not in (stored[name], "auto"):
             given, other = f"{flag(name)} {value}", f"{flag(name)} {stored[name]}"
@@ -411,12 +432,12 @@ def describe(run: Run) -> dict:
     }
 
 
-def paint_faces(run: Run, validation: torch.Tensor, mask: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+def paint_faces(run: Run, validation: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """The rows of grid.png: eight fixed validation faces damaged, painted, restored and as they were."""
-    image = validation[:8].to(run.device).float() / 255
-    damaged = data.damage(image, mask)
-    output = run_ema(run.ema, damaged, mask, run.options)
-    restored = data.paste(output, image, mask)
+    image = data.to_float(validation[:8], run.device)
+    damaged = data.damage(image, run.mask)
+    output = run_ema(run.ema, damaged, run.mask, run.options)
+    restored = data.paste(output, image, run.mask)
     return [("damaged", damaged), ("output", output), ("restored", restored), ("original", image)]
 
 
@@ -451,14 +472,13 @@ def show_run(folder: Path, run: Run, faces: list) -> None:
             data.say(f"warning: {folder / name} cannot be written ({error.strerror}): {again}")
 
 
-def save_run(folder: Path, run: Run, validation: torch.Tensor, mask: torch.Tensor) -> None:
+def save_run(folder: Path, run: Run, validation: torch.Tensor) -> None:
     """Write the run as it is after an epoch: first what must not be lost, then what shows it.
 
     generator.pt holds weights and options, last.pt all that a resume needs; tensors and plain types only.
-    There is no random state to keep: that of an epoch is made from the seed and the epoch's number
-    (draw_epoch).
+    There is no random state to keep: `draw_epoch` makes that of an epoch from the seed and its number.
     """
-    faces = paint_faces(run, validation, mask)
+    faces = paint_faces(run, validation)
     small = F.interpolate(dict(faces)["restored"][:3], min(128, run.options["res"]), mode="area")
     run.film = run.film[: run.epoch] + [small.mul(255).round().to(torch.uint8).cpu()]
     weights = {"kind": KIND, "options": run.options, "epoch": run.epoch, "ema": run.ema.state_dict()}
@@ -473,36 +493,28 @@ def save_run(folder: Path, run: Run, validation: torch.Tensor, mask: torch.Tenso
     show_run(folder, run, faces)
 
 
-def finish_epoch(run: Run, folder: Path, row: dict, validation: torch.Tensor, mask: torch.Tensor) -> None:
+def finish_epoch(run: Run, folder: Path, row: dict, validation: torch.Tensor) -> None:
     """Validate, save and tell, in the first process."""
-    painter = functools.partial(run_ema, run.ema, mask=mask, options=run.options)
-    row |= validate(painter, validation, mask)
+    painter = functools.partial(run_ema, run.ema, mask=run.mask, options=run.options)
+    row |= validate(painter, validation, run.mask)
     run.log.append(row)
-    save_run(folder, run, validation, mask)
-    names = [name for name in (*run.loss_weights, "D(real)", "D(fake)") if name in row]
-    means = "  ".join(f"{name} {row[name]:.4f}" for name in names)
+    save_run(folder, run, validation)
+    logged = {name: row[name] for name in (*run.loss_weights, "D(real)", "D(fake)") if name in row}
     speed = f"{row['seconds']:.0f} s so far  {row['images_per_second']:.0f} images/s"
     psnrs = f"psnr_hole {row['psnr_hole']:.2f}  psnr_output {row['psnr_output']:.2f}"
-    data.say(f"epoch {run.epoch}/{run.options['epochs']}  {speed}  {means}  {psnrs}", "stdout")
+    data.say(f"epoch {run.epoch}/{run.options['epochs']}  {speed}  {in_words(logged, 1)}  {psnrs}", "stdout")
 
 
 def train(run: Run, folder: Path, training: torch.Tensor, validation: torch.Tensor) -> None:
     """Train a run to its last epoch, from where it stands."""
-    options = run.options
     rank, world = rank_and_world()
-    count = len(training) + len(validation)
-    if run.pictures not in (count, None):
-        given = f"--data {options['data']} holds {count} pictures"
-        raise InputError(f"{given}, the run in {folder} had {run.pictures}: give the same pictures")
-    run.pictures = count
-    mask = data.center_hole(options["res"], options["hole"]).to(run.device)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        save_run(folder, run, validation, mask)  # so that even the first epoch can be resumed
+        save_run(folder, run, validation)  # so that even the first epoch can be resumed
     training = data.to_gpu_if_it_fits(training, run.device)
     if world > 1:
         share_gradients(run)
-    while run.epoch < options["epochs"]:
+    while run.epoch < run.options["epochs"]:
         began = time.perf_counter()
         report = train_epoch(run, training)
         seconds = time.perf_counter() - began
@@ -511,7 +523,7 @@ def train(run: Run, folder: Path, training: torch.Tensor, validation: torch.Tens
         if rank == 0:
             past = run.log[-1]["seconds"] if run.log else 0
             row = {"epoch": run.epoch, "step": run.step, "seconds": past + seconds}
-            finish_epoch(run, folder, row | report, validation, mask)
+            finish_epoch(run, folder, row | report, validation)
         if world > 1:
             dist.barrier()
 
@@ -538,11 +550,12 @@ def train_command(options: dict, resume: str | None, out: str | None, device: to
     """Train a new run, or go on with the one in the folder of --resume."""
     rank, world = rank_and_world()
     training, validation = load_data(options, least=2 * world)
+    pictures = len(training) + len(validation)
     if resume:
         folder = Path(resume)
-        run = open_run(folder, options, device)
+        run = open_run(folder, options, device, pictures)
     else:
-        run = Run(options | {"precision": choose_precision(options["precision"], device)}, device)
+        run = new_run(options, device, pictures)
         with first_process_first():
             folder = new_folder(out, options) if rank == 0 else None
     counts = f"{len(training)} pictures to train on, {len(validation)} to validate"
@@ -604,7 +617,9 @@ def share_gradients(run: Run) -> None:
 def average_buffers(run: Run) -> None:
     """Make batch norm's statistics, each process's own during an epoch, the mean of all processes."""
     _, world = rank_and_world()
-    for network in (*run.networks.values(), run.ema) if world > 1 else ():
+    if world == 1:
+        return
+    for network in (*run.networks.values(), run.ema):
         for buffer in network.buffers():
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)
@@ -614,15 +629,13 @@ def average_buffers(run: Run) -> None:
 # --- Evaluating -----------------------------------------------------------------------------------
 
 
-def evaluate(options: dict, checkpoint: str, device: torch.device) -> None:
-    """Print the metrics of a checkpoint as JSON; resolution, hole, data and split are those of its run."""
-    state = read_checkpoint(checkpoint, device)
-    refuse_changes(options, state["options"], ("res", "hole", "data", "val", "precision"), checkpoint)
-    options |= {"precision": choose_precision(options["precision"], device)}
+def evaluate(state: dict, options: dict, device: torch.device) -> None:
+    """Print the metrics of a checkpoint as JSON, on the data, hole and split of its run or on others."""
     mask = data.center_hole(options["res"], options["hole"]).to(device)
     _, validation = load_data(options, least=0)
     painter = functools.partial(run_ema, state["ema"], mask=mask, options=options)
-    print(data.to_json(validate(painter, validation, mask)).decode(), end="", flush=True)
+    result = validate(painter, validation, mask)
+    print(data.to_json(result).decode(), end="", flush=True)  # not say: what is asked for must not get lost
 
 
 # --- Comparing: table 1 and figure 4 --------------------------------------------------------------
@@ -653,38 +666,40 @@ def compare(argv: list[str], out: Path, seeds: int, device: torch.device) -> Non
     for name, row, paper in ROWS:
         defaults = preset(row["model"], row.get("loss")) | {"res": 64, "epochs": 10} | row
         rows.append((name, complete_options(argv, defaults), paper))
-    options = rows[0][1]
-    training, validation = load_data(options, least=2 * rank_and_world()[1])
-    mask = data.center_hole(options["res"], options["hole"]).to(device)
-    image = validation[:6].to(device).float() / 255
+    first = rows[0][1]  # what all rows have in common
+    training, validation = load_data(first, least=2 * rank_and_world()[1])
+    mask = data.center_hole(first["res"], first["hole"]).to(device)
+    image = data.to_float(validation[:6], device)
     damaged = data.damage(image, mask)
-    below = baselines(training, validation, mask)
-    floor = two_halves(validation, mask)
-    table = []
-    for seed in range(options["seed"], options["seed"] + seeds):
-        for number, (name, options, paper) in enumerate(rows):
-            words = [name, options["loss"], options["act"]]
+    known = [("original", image), ("damaged", damaged)]
+    table = {}
+    for seed in range(first["seed"], first["seed"] + seeds):
+        for name, options, paper in rows:
+            words = (name, options["loss"], options["act"])
             folder = out / re.sub(r"[^\w.+]+", "-", f"{' '.join(words)} seed {seed}")
             run = finish_row(folder, options | {"seed": seed}, training, validation, device)
             if rank_and_world()[0] > 0:
                 continue  # the first process alone has a log
-            if number == len(table):
-                faces = data.paste(run_ema(run.ema, damaged, mask, run.options), image, mask)
-                table.append({"words": words, "paper": paper, "faces": faces, "runs": []})
+            faces = data.paste(run_ema(run.ema, damaged, mask, run.options), image, mask)
+            row = table.setdefault(words, {"words": words, "paper": paper, "faces": faces, "runs": []})
             parameters = sum(weight.numel() for weight in run.networks["generator"].parameters())
             minutes = run.log[-1]["seconds"] / 60
-            table[number]["runs"].append(run.log[-1] | {"parameters": parameters, "minutes": minutes})
-            data.say(table_line(table_cells(table[number])), "stdout")
-            write_table(out, table + below, floor, [("original", image), ("damaged", damaged)])
-    data.say(f"{out}/table.md, {out}/tradeoff.png and {out}/comparison.png are written", "stdout")
+            row["runs"].append(run.log[-1] | {"parameters": parameters, "minutes": minutes})
+            data.say(table_line(table_cells(row)), "stdout")
+            write_table(out, list(table.values()), "", known)
+    if rank_and_world()[0] == 0:
+        below = baselines(training, validation, mask)
+        write_table(out, [*table.values(), *below], two_halves(validation, mask), known)
+        data.say(f"{out}/table.md, {out}/tradeoff.png and {out}/comparison.png are written", "stdout")
 
 
 def finish_row(folder: Path, options: dict, training, validation, device: torch.device) -> Run:
     """Train a row to its end, from where its folder has it. A finished one is only read."""
+    pictures = len(training) + len(validation)
     if (folder / "last.pt").exists():
-        run = open_run(folder, options, device)
+        run = open_run(folder, options, device, pictures)
     else:
-        run = Run(options | {"precision": choose_precision(options["precision"], device)}, device)
+        run = new_run(options, device, pictures)
     if run.epoch < run.options["epochs"]:
         train(run, folder, training, validation)
     return run
@@ -692,14 +707,15 @@ def finish_row(folder: Path, options: dict, training, validation, device: torch.
 
 def baselines(training: torch.Tensor, validation: torch.Tensor, mask: torch.Tensor) -> list[dict]:
     """Rows of the table for the methods without training."""
-    image = validation[:6].to(mask.device).float() / 255
+    image = data.to_float(validation[:6], mask.device)
     rows = []
     for name, painter in models.without_training(training, mask).items():
+        data.progress(f"measuring: {name}")
         began = time.time()
         result = validate(painter, validation, mask)
         result |= {"parameters": 0, "minutes": (time.time() - began) / 60}
         faces = data.paste(painter(data.damage(image, mask)), image, mask)
-        rows.append({"words": [name, "", ""], "paper": "", "faces": faces, "runs": [result]})
+        rows.append({"words": (name, "", ""), "paper": "", "faces": faces, "runs": [result]})
     return rows
 
 
@@ -722,7 +738,7 @@ def table_line(cells: dict[str, str]) -> str:
 def two_halves(validation: torch.Tensor, mask: torch.Tensor) -> str:
     """A sentence with the swd_hole of originals against other originals, as many as validate looks at."""
     count = min(8 * part_size(validation), len(validation) // 2)
-    one, other = validation[:count].float() / 255, validation[-count:].float() / 255
+    one, other = data.to_float(validation[:count]), data.to_float(validation[-count:])
     floor = losses.swd(one, other, mask.cpu()) if count else math.nan
     return f"Two halves of the originals have a swd_hole of {floor:.4f}."
 
@@ -749,11 +765,8 @@ def write_table(out: Path, table: list[dict], floor: str, faces: list) -> None:
 # --- Restoring your own photo ---------------------------------------------------------------------
 
 
-def restore_photos(args: argparse.Namespace, options: dict, device: torch.device) -> None:
-    """All photos of --restore and in its folders. Those that fail are named at the end, and end no other."""
-    state = read_checkpoint(args.checkpoint, device)
-    refuse_changes(options, state["options"], ("precision",), args.checkpoint)
-    options["precision"] = choose_precision("auto", device)  # what this device is fast at
+def restore_photos(args: argparse.Namespace, state: dict, options: dict) -> None:
+    """All photos of --restore and in its folders. One that fails does not stop the others, and is named."""
     out = Path(args.out or "restored")
     out.mkdir(parents=True, exist_ok=True)
     files, failed, done = [], [], 0
@@ -789,7 +802,7 @@ def restore_photo(ema: models.UNet, options: dict, file: Path, mask_file: str | 
     photo = read_photo(file)
     pixels = data.to_tensor(photo)
     mask = read_mask(mask_file, photo) if mask_file else central_mask(photo, options)
-    image = pixels.float() / 255
+    image = data.to_float(pixels)
     restored = fill(ema, options, image, mask).mul(255).round().to(torch.uint8)
     picture = data.to_picture(torch.where(mask > 0, restored, pixels))
     profile = photo.info.get("icc_profile") or b""
@@ -847,6 +860,13 @@ def read_mask(file: str, photo: PIL.Image.Image) -> torch.Tensor:
     return mask
 
 
+def bounding_box(mask: torch.Tensor) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) of the hole, mask (1, H, W), the last two just outside."""
+    rows = mask[0].any(1).nonzero()
+    columns = mask[0].any(0).nonzero()
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+
+
 def view(options: dict, box: tuple[int, int, int, int]) -> tuple[float, float, float]:
     """The square of a photo that the network sees: (left, top, photo's pixels for one of its own).
 
@@ -868,8 +888,7 @@ def fill(ema: models.UNet, options: dict, photo: torch.Tensor, mask: torch.Tenso
     res = options["res"]
     known = 1 - mask
     seen = photo * known
-    rows, columns = mask[0].any(1).nonzero(), mask[0].any(0).nonzero()
-    top, left, bottom, right = int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+    top, left, bottom, right = bounding_box(mask)
     x0, y0, scale = view(options, (top, left, bottom, right))
     square = (x0, y0, x0 + res * scale, y0 + res * scale)
     # How much of each small pixel is known: only that gives its colour.
@@ -987,8 +1006,10 @@ def complete_options(argv: list[str], defaults: dict) -> dict:
 def check_jobs(args: argparse.Namespace) -> None:
     """InputError for an option that the job does not use, and for --restore without its network."""
     for name, value in vars(args).items():
-        if value in ("", [""]):
+        if value == "" or (isinstance(value, list) and "" in value):
             raise InputError(f"{flag(name)} is empty: give a value, or leave it out")
+    if args.out and (args.resume or args.evaluate):
+        raise InputError("--out does nothing with --resume and --evaluate: leave it out")
     for name, job in (("mask", "restore"), ("checkpoint", "restore"), ("seeds", "compare")):
         if getattr(args, name) is not None and not getattr(args, job):
             raise InputError(f"--{name} does nothing without --{job}: leave it out, or add --{job}")
@@ -1029,13 +1050,15 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     bfloat16 takes 1.4 times as long. PyTorch before 2.11 cannot say: float32.
     """
     if wanted == "bfloat16" and not torch.amp.is_autocast_available(device.type):
-        raise InputError(f"--precision bfloat16: this PyTorch has none for {device.type}; leave it out")
+        raise InputError(f"--precision bfloat16: this PyTorch has none for {device.type}; it takes float32")
     if wanted != "auto":
         return wanted
-    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "AMD" in cpu.get("cpu_name", ""))
+    fast = False
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        cpu = torch.cpu.get_capabilities()
+        fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "AMD" in cpu.get("cpu_name", ""))
     return "bfloat16" if fast else "float32"
 
 
@@ -1045,19 +1068,36 @@ def run_job(argv: list[str]) -> None:
     check_jobs(args)
     device = choose_device(args.device)
     if args.compare:
-        return compare(argv, Path(args.out or "runs/compare"), args.seeds or 1, device)
-    checkpoint = args.evaluate or args.checkpoint
-    if args.resume:
-        checkpoint = Path(args.resume) / "last.pt"
-    stored = read_checkpoint(checkpoint)["options"] if checkpoint else preset(args.model or "unet", args.loss)
+        compare(argv, Path(args.out or "runs/compare"), args.seeds or 1, device)
+    elif args.resume:
+        stored = read_checkpoint(Path(args.resume) / "last.pt")["options"]
+        train_command(complete_options(argv, stored), args.resume, None, device)
+    elif args.evaluate or args.restore:
+        use_checkpoint(argv, args, device)
+    else:
+        options = complete_options(argv, preset(args.model or "unet", args.loss))
+        train_command(options, None, args.out, device)
+
+
+def use_checkpoint(argv: list[str], args: argparse.Namespace, device: torch.device) -> None:
+    """Evaluate a network or restore photos with it, in one process: more would do the same."""
+    rank, _ = rank_and_world()
+    leave_processes()
+    if rank > 0:
+        return
+    path = args.evaluate or args.checkpoint
+    state = read_checkpoint(path, device)
+    stored = state["options"]
+    if args.restore:
+        stored = stored | {"precision": "auto"}  # what this device is fast at
+    free = ("res", "hole", "data", "val", "precision") if args.evaluate else ("precision",)
     options = complete_options(argv, stored)
-    if not (args.evaluate or args.restore):
-        return train_command(options, args.resume, args.out, device)
-    if rank_and_world()[0] > 0:
-        return None  # one process is enough
+    refuse_changes(options, stored, free, path)
+    options["precision"] = choose_precision(options["precision"], device)
     if args.evaluate:
-        return evaluate(options, args.evaluate, device)
-    return restore_photos(args, options, device)
+        evaluate(state, options, device)
+    else:
+        restore_photos(args, state, options)
 
 
 def main(argv: list[str] | None = None) -> None:

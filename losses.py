@@ -65,8 +65,7 @@ def blur(z: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(x: torch.Tensor, y: torch.Tensor, data_range: float = 1.0) -> torch.Tensor:
-    """Structural similarity (Wang et al. 2004; section 2.2.1): (B, C, H, W) twice -> (B,), 1 for equal
-    pictures.
+    """Structural similarity (Wang et al. 2004; section 2.2.1): (B, C, H, W) twice -> (B,), at most 1.
 
         SSIM = (2 mx my + C1) (2 cov + C2) / ((mx^2 + my^2 + C1) (vx + vy + C2))
         C1 = (0.01 L)^2, C2 = (0.03 L)^2, L = data_range
@@ -215,24 +214,7 @@ def psnr(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None) -> 
     return (-10 * torch.log10(mean)).clamp(max=100)
 
 
-METRICS = ("psnr_output", "psnr_restored", "psnr_hole", "ssim_restored", "specks")
-
-
-def measure(
-    output: torch.Tensor, restored: torch.Tensor, image: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """One value a picture of each of METRICS -> (5, B).
-
-    psnr_output: the whole output, which the paper's table meant to show. psnr_restored: the known pixels
-    are the original's, so it is psnr_hole + 10 log10(1 / area of the hole). psnr_hole: inside the hole
-    only. specks: 1 for a picture with five specks or more, so that the mean is the share of such pictures.
-    """
-    psnrs = psnr(output, image), psnr(restored, image), psnr(output, image, mask)
-    speckled = (specks(restored, mask) >= 5).float()
-    return torch.stack([*psnrs, ssim(restored, image), speckled])
-
-
-# --- Realism: does a set of pictures look like the originals? -------------------------------------
+# --- Realism: does it look like a photograph? -----------------------------------------------------
 
 
 def specks(picture: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -246,6 +228,23 @@ def specks(picture: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     around = F.pad(colour, (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1)
     far = (colour - around.flatten(4).median(4).values).abs() > 0.08
     return (far.any(1, keepdim=True) * mask).sum((1, 2, 3))
+
+
+PER_PICTURE = ("psnr_output", "psnr_restored", "psnr_hole", "ssim_restored", "specks")
+
+
+def measure(
+    output: torch.Tensor, restored: torch.Tensor, image: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """One value a picture of each of PER_PICTURE -> (5, B).
+
+    psnr_output: the whole output, which the paper's table meant to show. psnr_restored: the known pixels
+    are the original's, so it is psnr_hole + 10 log10(1 / area of the hole). psnr_hole: inside the hole
+    only. specks: 1 for a picture with five specks or more, so that the mean is the share of such pictures.
+    """
+    psnrs = psnr(output, image), psnr(restored, image), psnr(output, image, mask)
+    speckled = (specks(restored, mask) >= 5).float()
+    return torch.stack([*psnrs, ssim(restored, image), speckled])
 
 
 def swd(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor, size: int = 7, count: int = 16384) -> float:

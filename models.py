@@ -170,7 +170,9 @@ def augment(picture: torch.Tensor, chance: torch.Tensor, kind: str) -> torch.Ten
     u = 2 * chance - 1
     if colour:
         u1, u2, u3 = u[:, :3, None, None, None].to(picture.device).unbind(1)
-        brightness, saturation, contrast = colour * u1 / 2, 1 + colour * u2, 1 + colour * u3 / 2
+        brightness = colour * u1 / 2
+        saturation = 1 + colour * u2
+        contrast = 1 + colour * u3 / 2
         grey = picture.mean(1, keepdim=True)
         mean = grey.mean((2, 3), keepdim=True)
         # Multiplied out, so that only two operations are as large as the picture.
@@ -206,8 +208,7 @@ def laplacian(x: torch.Tensor) -> torch.Tensor:
 
 
 def harmonic(damaged: torch.Tensor, mask: torch.Tensor, rounds: int = 40) -> torch.Tensor:
-    """Fill the hole so that each of its pixels is the mean of its four neighbours: Laplace's equation with
-    the rim given.
+    """Fill the hole so that each of its pixels is the mean of its four neighbours: Laplace's equation.
 
     damaged (B, C, H, W), any range; mask (B or 1, 1, H, W), 1 in the hole; the same shape back, known
     pixels untouched. It is the final state of heat that flows in from the rim, the simplest of the models
@@ -224,8 +225,10 @@ def harmonic(damaged: torch.Tensor, mask: torch.Tensor, rounds: int = 40) -> tor
     for _ in range(rounds):
         change = laplacian(p) * mask  # of r, for a step of length 1
         alpha = error / (p * change).sum((2, 3), keepdim=True).clamp(min=1e-20)
-        x, r = x + alpha * p, r - alpha * change
-        error, before = r.square().sum((2, 3), keepdim=True), error
+        x = x + alpha * p
+        r = r - alpha * change
+        before = error
+        error = r.square().sum((2, 3), keepdim=True)
         p = r + error / before.clamp(min=1e-20) * p
     return x
 
@@ -255,8 +258,7 @@ def mean_face(training: torch.Tensor) -> torch.Tensor:
 def nearest_face(
     damaged: torch.Tensor, mask: torch.Tensor, training: torch.Tensor, part: int = 512
 ) -> torch.Tensor:
-    """For each of (B, 3, H, W) the training picture with the nearest known pixels: the paper's "memory"
-    (section 4).
+    """For each of (B, 3, H, W) the training picture with the nearest known pixels: the paper's "memory".
 
     mask (1, 1, H, W); training uint8 (N, 3, H, W), taken a part at a time. It uses that
     |a - b|^2 = |a|^2 - 2 a b + |b|^2, where |a|^2 is the same for all b.

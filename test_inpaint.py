@@ -386,10 +386,11 @@ def test_every_picture_is_found_to_the_bottom_other_kinds_are_told_and_litter_is
 
 
 @no_windows
-def test_a_linked_folder_is_followed():
+def test_a_linked_folder_is_followed_and_a_link_back_is_not():
     write_photos("elsewhere/deep", 1)
     write_photos("d", 1)
     Path("d/linked").symlink_to(Path("elsewhere").absolute())
+    Path("d/loop").symlink_to(Path("d").absolute())
     assert [name for name, _ in data.find_pictures(Path("d"))] == ["000.jpg", "linked/deep/000.jpg"]
 
 
@@ -858,7 +859,7 @@ def test_a_good_restoration_scored_on_the_wrong_scale_looks_like_a_black_picture
 def test_measure_has_a_row_for_each_metric_and_only_the_area_parts_two_of_them(faces):
     mask = data.box_mask(data.random_boxes(24, 64, 0.3, torch.Generator().manual_seed(0)), 64)
     area, output, restored = mask.mean((1, 2, 3)), faces.roll(1, 0), data.paste(faces.roll(1, 0), faces, mask)
-    rows = dict(zip(losses.METRICS, losses.measure(output, restored, faces, mask), strict=True))
+    rows = dict(zip(losses.PER_PICTURE, losses.measure(output, restored, faces, mask), strict=True))
     assert torch.equal(rows["psnr_output"], losses.psnr(output, faces))
     assert torch.equal(rows["psnr_hole"], losses.psnr(output, faces, mask))
     assert torch.equal(rows["ssim_restored"], losses.ssim(restored, faces))
@@ -925,7 +926,7 @@ def test_specks_are_counted_in_the_hole_alone_and_smooth_or_grey_pictures_have_n
     planted[2, 2, 24, 24] += 0.07  # too little
     planted[3, 1, 10, 10] += 0.5  # a known pixel
     assert losses.specks(planted, HOLE).tolist() == [1, 16, 0, 0]
-    counted = losses.measure(planted, planted, planted, HOLE)[losses.METRICS.index("specks")]
+    counted = losses.measure(planted, planted, planted, HOLE)[losses.PER_PICTURE.index("specks")]
     assert counted.tolist() == [0, 1, 0, 0], "five or more"
 
 
@@ -1219,7 +1220,7 @@ def test_validation_is_the_mean_over_pictures_and_the_same_bits_twice(faces):
     assert first == second
     assert set(first) == {*inpaint.METRICS, "pictures"}
     assert first["pictures"] == 14
-    assert [first[name] for name in losses.METRICS] == pytest.approx(means, abs=1e-4)
+    assert [first[name] for name in losses.PER_PICTURE] == pytest.approx(means, abs=1e-4)
     assert first["sharpness"] == 0 < first["swd_hole"], "a hole of one colour is not sharp"
 
 
@@ -1500,7 +1501,7 @@ def test_two_processes_average_their_gradients_and_stay_equal(model, loss, tmp_p
         assert torch.allclose(found, (one + two) / 2, atol=1e-5, rtol=1e-3)
     for one, two in zip(first["states"], second["states"], strict=True):
         assert all(torch.equal(value, two[name]) for name, value in one.items()), "batch norm too"
-    assert first["passed"] < second["passed"]
+    assert first["passed"] < second["passed"], "the first process goes first"
     assert results("run")["processes"] == 2
     assert len(read_csv("run/log.csv")) == 2
     assert command("--resume", "run", "--epochs", 3, "--device", "cpu") == 2, "it takes two again"
@@ -1575,7 +1576,7 @@ def test_compare_fills_the_table_and_goes_on_where_it_was_stopped(few_rows, monk
         assert command(*COMPARE, "--out", "cmp") == 130
     assert "with the same command" in capsys.readouterr().err
     names = ["U-Net", "GAN, judged by output", "GAN + L1"]
-    assert [row["network"] for row in read_csv("cmp/table.csv")] == [*names[:2], *METHODS]
+    assert [row["network"] for row in read_csv("cmp/table.csv")] == names[:2]
     finished = {}
     for file in Path("cmp").glob("*/training.gif"):
         finished |= contents(file.parent)
@@ -1596,6 +1597,9 @@ def test_compare_fills_the_table_and_goes_on_where_it_was_stopped(few_rows, monk
     assert len(drawn) == 2, "the data is loaded once a command, not once a row"
     assert command(*COMPARE[:2], 2, *COMPARE[3:], "--res", 64, "--out", "cmp") == 2
     assert "--res 64 contradicts --res 32" in capsys.readouterr().err
+    write_photos("others", 50, 40)
+    assert command(*COMPARE, "--out", "cmp", "--data", "others") == 2
+    assert "holds 50 pictures, the run in cmp" in capsys.readouterr().err
 
 
 def test_compare_trains_each_row_k_times_and_gives_mean_and_deviation(monkeypatch):
@@ -1820,7 +1824,7 @@ def test_a_restored_photo_keeps_the_meaning_of_its_colours(tiny_run):
         assert Image.open(f"{mode}/me-restored.png").info.get("icc_profile") == (profile if kept else None)
 
 
-def test_photos_are_restored_in_the_precision_that_the_device_is_fast_at(tiny_run, monkeypatch):
+def test_photos_are_restored_in_the_given_precision_or_what_the_device_is_fast_at(tiny_run, monkeypatch):
     state, used = torch.load(tiny_run / "generator.pt"), []
     torch.save(state | {"options": state["options"] | {"precision": "bfloat16"}}, "generator.pt")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
@@ -1828,7 +1832,8 @@ def test_photos_are_restored_in_the_precision_that_the_device_is_fast_at(tiny_ru
     monkeypatch.setattr(inpaint, "run_ema", lambda *what: used.append(what[3]["precision"]) or run(*what))
     drawn(40, 40).save("me.png")
     assert restore(Path(), "me.png") == 0
-    assert used == ["float32"]
+    assert restore(Path(), "me.png", "--precision", "bfloat16") == 0
+    assert used == ["float32", "bfloat16"]
 
 
 def test_masks_as_people_make_them_are_understood_and_their_share_is_told(capsys):
@@ -1984,7 +1989,11 @@ def test_a_mac_with_pytorch_2_4_trains_without_autocast(monkeypatch, capsys):
     assert command(*words, "float32") == 0
     for words in (words, ["--evaluate", "run/generator.pt", "--device", "cpu", "--precision"]):
         assert command(*words, "bfloat16") == 2
-        assert "leave it out" in capsys.readouterr().err
+        assert "it takes float32" in capsys.readouterr().err
+    state = last_state("run")
+    torch.save(state | {"epoch": 0, "options": state["options"] | {"precision": "bfloat16"}}, "run/last.pt")
+    assert command("--resume", "run", "--device", "cpu") == 2
+    assert "it takes float32" in capsys.readouterr().err
 
 
 @needs_gpu
@@ -2055,6 +2064,8 @@ def traps(tmp_path, tiny_run, monkeypatch):
     for name, content in wrong.items():
         torch.save(content, f"{name}.pt")
     shutil.copytree(tiny_run, "run")
+    Path("renamed").mkdir()
+    shutil.copy("good.pt", "renamed/last.pt")
     monkeypatch.setattr(data, "SYNTHETIC", 30)
     return tmp_path
 
@@ -2086,14 +2097,17 @@ REFUSED = {  # words: a part of the line
     "--checkpoint good.pt": "does nothing without --restore",
     "--out file": "--out file cannot be made", "--out file/run": "Not a directory",
     "--out run": "--out run already holds files: name another folder, or go on with --resume run",
-    "--out=": "--out is empty", "--resume": "--resume", "--resume empty": "last.pt cannot be read",
+    "--out=": "--out is empty", "--resume run --out x": "--out does nothing with --resume",
+    "--resume": "--resume", "--resume empty": "last.pt cannot be read",
     "--resume file": "cannot be read (Not a directory)", "--resume half": "no checkpoint of this program",
-    "--resume nowhere": "cannot be read (No such file",
+    "--resume nowhere": "cannot be read (No such file or directory): give the folder of a run",
+    "--resume renamed": "renamed/last.pt is not all that a run needs",
     "--resume run --model gan": "--model gan contradicts --model unet",
     "--resume run --seed 9": "contradicts", "--resume run --loss mse": "--loss mse contradicts --loss l1",
     "--resume run --epochs 3": "holds 30 pictures, the run in run had 40",
     "--resume run --epochs 1": "--epochs 1 contradicts --epochs 2", "--resume run --hole 0.5": "contradicts",
     "--restore good": "--restore needs --checkpoint", "--restore nowhere.jpg --checkpoint good.pt": "0 of 1",
+    "--restore good/000.jpg --mask= --checkpoint good.pt": "--mask is empty",
     "--restore good --checkpoint file": "no checkpoint", "--restore good --checkpoint=": "is empty",
     "--restore good --checkpoint good.pt --res 64": "--res 64 contradicts --res 32",
     "--compare --model gan": "--model does nothing with --compare", "--compare --data nowhere": "not exist",
