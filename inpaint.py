@@ -538,7 +538,7 @@ def new_folder(out: str | None, options: dict) -> Path:
     folder = Path(out) if out else data.free_path(f"runs/{name}")
     try:
         folder.mkdir(parents=True, exist_ok=out is not None)
-        if any(folder.iterdir()):
+        if any(not file.name.startswith(".") for file in folder.iterdir()):
             advice = f"name another folder, or go on with --resume {folder}"
             raise InputError(f"--out {folder} already holds files: {advice}")
     except OSError as error:
