@@ -50,6 +50,8 @@ PRESETS = {
 COMMON = {"act": "relu", "hole_weight": 10.0, "fake": "restored", "augment": "jitter", "norm": "group"}
 # A distance in the loss guides the GAN: it may learn faster, from a discriminator that sees less.
 WITH_DISTANCE = {"lr": 5e-4, "augment": "color+shift", "norm": "batch"}
+# With --wild each picture has been changed at random already: much more would blind the discriminator.
+WITH_WILD = {"augment": "jitter"}
 DISCRIMINATOR_RATE = 2e-4  # DCGAN's; a discriminator that learns faster wins before the generator can paint
 WEIGHT_DECAY = 0.05  # of the U-Net: a little against overfitting
 SMOOTH = 0.1  # the target for real pictures is 0.9, so that the discriminator is never certain
@@ -664,7 +666,7 @@ def compare(argv: list[str], out: Path, seeds: int, device: torch.device) -> Non
     """Train the rows that are not finished; write table.md, table.csv, tradeoff.png and comparison.png."""
     rows = []
     for name, row, paper in ROWS:
-        defaults = preset(row["model"], row.get("loss")) | {"res": 64, "epochs": 10} | row
+        defaults = preset(row["model"], row.get("loss"), "--wild" in argv) | {"res": 64, "epochs": 10} | row
         rows.append((name, complete_options(argv, defaults), paper))
     first = rows[0][1]  # what all rows have in common
     training, validation = load_data(first, least=2 * rank_and_world()[1])
@@ -931,7 +933,7 @@ JOBS = ("resume", "evaluate", "restore", "compare", "checkpoint", "mask", "seeds
 def parser() -> argparse.ArgumentParser:
     """The command line. What is None here gets its value from the presets, or from the run at hand."""
     presets = [f"  --model {name}: {COMMON | preset}" for name, preset in PRESETS.items()]
-    presets.append(f"  a gan with a distance in its loss: {WITH_DISTANCE}")
+    presets.append(f"  a gan with a distance in its loss: {WITH_DISTANCE}, with --wild: {WITH_WILD}")
     p = argparse.ArgumentParser(
         "inpaint.py",
         description=__doc__,
@@ -983,11 +985,12 @@ def refuse(message: str):
     raise InputError(f"{message}; --help lists all options")
 
 
-def preset(model: str, loss: str | None) -> dict:
-    """The options that --model and the loss set."""
+def preset(model: str, loss: str | None, wild: bool) -> dict:
+    """The options that --model, --loss and --wild set."""
     options = {"model": model} | COMMON | PRESETS[model]
     if model == "gan" and any(distance in (loss or "") for distance in losses.DISTANCES):
         options |= WITH_DISTANCE
+        options |= WITH_WILD if wild else {}
     return options
 
 
@@ -1075,7 +1078,7 @@ def run_job(argv: list[str]) -> None:
     elif args.evaluate or args.restore:
         use_checkpoint(argv, args, device)
     else:
-        options = complete_options(argv, preset(args.model or "unet", args.loss))
+        options = complete_options(argv, preset(args.model or "unet", args.loss, args.wild))
         train_command(options, None, args.out, device)
 
 

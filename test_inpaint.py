@@ -85,8 +85,9 @@ def command(*argv):
 def options_for(model="unet", *words, **changed):
     """The options that the command line would make, for a small network."""
     argv = ["--model", model, *TINY, *words]
-    loss = changed.get("loss") or inpaint.parser().parse_args(argv).loss
-    return inpaint.complete_options(argv, inpaint.preset(model, loss)) | {"precision": "float32"} | changed
+    args = inpaint.parser().parse_args(argv)
+    defaults = inpaint.preset(model, changed.get("loss") or args.loss, args.wild)
+    return inpaint.complete_options(argv, defaults) | {"precision": "float32"} | changed
 
 
 def write_photos(folder, count=12, size=96, suffix=".jpg"):
@@ -1895,10 +1896,11 @@ def test_a_preset_fills_what_is_not_given_and_a_gan_with_a_distance_learns_faste
         (["--model", "gan"], {"augment": "jitter", "norm": "group"}),
         (["--model", "gan", "--loss", "30 * l1 + adversarial"], {"loss": "30*l1+adversarial", "lr": 5e-4}),
         (["--model", "gan", "--loss", "mse+adversarial"], {"augment": "color+shift", "norm": "batch"}),
+        (["--model", "gan", "--loss", "mse+adversarial", "--wild"], {"augment": "jitter", "norm": "batch"}),
         (["--model", "gan", "--loss", "l1+adversarial", "--lr", "0.1"], {"lr": 0.1, "act": "relu"}),
     ):
         args = inpaint.parser().parse_args(words)
-        options = inpaint.complete_options(words, inpaint.preset(args.model, args.loss))
+        options = inpaint.complete_options(words, inpaint.preset(args.model, args.loss, args.wild))
         assert expected.items() <= options.items()
 
 
