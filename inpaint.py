@@ -50,8 +50,8 @@ PRESETS = {
 COMMON = {"act": "relu", "hole_weight": 10.0, "fake": "restored", "augment": "jitter", "norm": "group"}
 # A distance in the loss guides the GAN: it may learn faster, from a discriminator that sees less.
 WITH_DISTANCE = {"lr": 5e-4, "augment": "color+shift", "norm": "batch"}
-# With --wild each picture has been changed at random already: much more would blind the discriminator.
-WITH_WILD = {"augment": "jitter"}
+# With --wild each picture has been moved at random already: moved again, it would blind the discriminator.
+WITH_WILD = {"augment": "color"}
 DISCRIMINATOR_RATE = 2e-4  # DCGAN's; a discriminator that learns faster wins before the generator can paint
 WEIGHT_DECAY = 0.05  # of the U-Net: a little against overfitting
 SMOOTH = 0.1  # the target for real pictures is 0.9, so that the discriminator is never certain

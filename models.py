@@ -151,7 +151,8 @@ class Discriminator(nn.Module):
         return self.judge(picture * 2 - 1).flatten().float()
 
 
-AUGMENTS = {"none": (0.0, 0.0), "jitter": (0.0, 0.0125), "color+shift": (1.0, 0.125)}  # colour, far
+# What `augment` does: (colour, far).
+AUGMENTS = {"none": (0.0, 0.0), "jitter": (0.0, 0.0125), "color": (1.0, 0.0), "color+shift": (1.0, 0.125)}
 
 
 def augment(picture: torch.Tensor, chance: torch.Tensor, kind: str) -> torch.Tensor:
