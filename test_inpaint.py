@@ -1535,7 +1535,7 @@ def test_compare_fills_the_table_and_goes_on_where_it_was_stopped(few_rows, monk
         stopped(patch, 10)  # of rows of four steps (the paper's one has 8 too, as --batch says): in the third
         assert command(*COMPARE, "--out", "cmp") == 130
     assert "with the same command" in capsys.readouterr().err
-    names = ["U-Net", "GAN, judged by output", "GAN + L1"]
+    names = ["U-Net", "the paper's GAN", "GAN + L1"]
     assert [row["network"] for row in read_csv("cmp/table.csv")] == names[:2]
     finished = {}
     for file in Path("cmp").glob("*/training.gif"):
