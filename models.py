@@ -199,7 +199,7 @@ def dcgan_init(network: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-# --- With no network: diffusion, the mean, and memory ---------------------------------------------
+# --- With no network: smooth filling, the mean, memory --------------------------------------------
 
 
 def laplacian(x: torch.Tensor) -> torch.Tensor:
@@ -279,7 +279,7 @@ def without_training(training: torch.Tensor, mask: torch.Tensor) -> dict:
     mean = mean_face(training).to(mask.device)
     return {
         "white hole": lambda damaged: damaged,
-        "harmonic diffusion": lambda damaged: harmonic(damaged, mask),
+        "smooth filling": lambda damaged: harmonic(damaged, mask),
         "mean face": lambda damaged: mean.expand_as(damaged),
         "nearest face": lambda damaged: nearest_face(damaged, mask, training),
     }

@@ -698,7 +698,7 @@ def test_dcgan_starts_with_a_standard_deviation_of_two_hundredths_and_no_bias(bu
         assert getattr(layer, "bias", None) is None or (layer.bias == 0).all()
 
 
-def test_harmonic_diffusion_continues_a_plane_exactly_and_keeps_the_known_pixels(faces):
+def test_smooth_filling_continues_a_plane_exactly_and_keeps_the_known_pixels(faces):
     y, x = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="ij")
     plane = (0.3 * x + 0.6 * y).expand(2, 3, 64, 64)
     assert (models.harmonic(data.damage(plane, HOLE), HOLE) - plane).abs().max() < 1e-5
@@ -707,7 +707,7 @@ def test_harmonic_diffusion_continues_a_plane_exactly_and_keeps_the_known_pixels
     assert torch.isfinite(models.harmonic(faces, torch.ones_like(HOLE))).all()
 
 
-def test_harmonic_diffusion_solves_laplaces_equation_in_any_hole_and_shape_of_picture(faces):
+def test_smooth_filling_solves_laplaces_equation_in_any_hole_and_shape_of_picture(faces):
     mask = data.box_mask(torch.tensor([[0, 10, 30, 40], [20, 20, 64, 64]]), 64)[..., :53, :]
     filled = models.harmonic(data.damage(faces[:2, :, :53], mask), mask)
     p = F.pad(filled, (1, 1, 1, 1), mode="replicate")
@@ -718,7 +718,7 @@ def test_harmonic_diffusion_solves_laplaces_equation_in_any_hole_and_shape_of_pi
 def test_four_ways_to_paint_need_no_training_and_the_nearest_face_is_found_by_known_pixels_alone(faces):
     image, pixels, mean = faces[[3, 17, 23]], (faces * 255).round().byte(), faces.mean(0, keepdim=True)
     damaged, ways = data.damage(image, HOLE), models.without_training(pixels, HOLE)
-    assert list(ways) == ["white hole", "harmonic diffusion", "mean face", "nearest face"]
+    assert list(ways) == ["white hole", "smooth filling", "mean face", "nearest face"]
     expected = [damaged, models.harmonic(damaged, HOLE), mean.expand_as(image), image]
     assert all(torch.allclose(way(damaged), known, atol=1e-6) for way, known in zip(ways.values(), expected))
     assert torch.equal(models.nearest_face(data.paste(1 - image, image, HOLE), HOLE, pixels, part=7), image)
@@ -1398,15 +1398,15 @@ def test_a_data_set_of_ten_pictures_and_a_batch_larger_than_it_train():
 
 
 @needs_celeba
-def test_a_network_that_learnt_400_real_faces_paints_others_better_than_diffusion():
+def test_a_network_that_learnt_400_real_faces_paints_others_better_than_smooth_filling():
     pixels = data.load_images(os.environ["CELEBA"], 64)[:500]
     options = options_for("unet", *"--act swish --res 64 --width 24 --depth 5 --batch 8 --epochs 4".split())
     run, mask = inpaint.Run(options, CPU), data.center_hole(64, 0.3)
     for run.epoch in range(4):
         inpaint.train_epoch(run, pixels[:400])
     painters = [lambda z: models.harmonic(z, mask), lambda z: inpaint.run_ema(run.ema, z, mask, options)]
-    diffusion, network = (inpaint.validate(painter, pixels[400:], mask)["psnr_hole"] for painter in painters)
-    assert network > diffusion + 1
+    smooth, network = (inpaint.validate(painter, pixels[400:], mask)["psnr_hole"] for painter in painters)
+    assert network > smooth + 1
 
 
 # === inpaint.py: several processes ================================================================
@@ -1519,7 +1519,7 @@ def test_evaluate_prints_the_metrics_of_the_run_as_json_and_nothing_else(tiny_ru
 
 
 COMPARE = ["--compare", "--epochs", 1, "--width", 4, "--batch", 8, "--res", 32, "--device", "cpu"]
-METHODS = ["white hole", "harmonic diffusion", "mean face", "nearest face"]
+METHODS = ["white hole", "smooth filling", "mean face", "nearest face"]
 
 
 @pytest.fixture
