@@ -1,7 +1,7 @@
 """What this project promises, one test for each promise, in the order of its files.
 
     python -m pytest                       everything quick, about a minute
-    SLOW=1 python -m pytest                also twenty kills, a thousand damaged files, torchrun, large photos
+    SLOW=1 python -m pytest                also twenty kills, a thousand damaged files, large photos, torchrun
     CELEBA=img_align_celeba.zip python -m pytest     also what needs real faces
     python -m pytest -v                    reads as the list of promises
 """
@@ -1377,8 +1377,11 @@ def test_a_file_that_only_shows_the_run_never_ends_it(name, how, monkeypatch, ca
     assert {file.name for file in Path("run").iterdir()} == FILES, "a resume writes what is missing"
 
 
+RARE_SCREENS = [pytest.param(screen, marks=slow) for screen in (">&-", "2>&-", "2> /dev/full")]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("screen", ["> /dev/full", "| head -1", ">&-", "2>&-", "2> /dev/full"])
+@pytest.mark.parametrize("screen", ["> /dev/full", "| head -1", *RARE_SCREENS])
 def test_a_screen_that_takes_no_line_ends_no_training_and_no_photo(screen, tiny_run):
     shutil.copy(tiny_run / "generator.pt", "g.pt")
     write_photos("in", 2, 40)
