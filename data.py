@@ -37,14 +37,20 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 # --- The hole -------------------------------------------------------------------------------------
 
 
-def center_box(res: int, fraction: float) -> torch.Tensor:
-    """The paper's hole as (1, 4) whole numbers: top, left, bottom, right, the last two just outside.
+def center_span(res: int, fraction: float) -> tuple[int, int]:
+    """Where the paper's hole starts and ends along each axis, the end just outside: (22, 41) for 64 and 0.3.
 
-    side = round(res * fraction), corner = (res - side) // 2: 19 pixels from pixel 22 on for 64 and 0.3.
+    side = round(res * fraction), start = (res - side) // 2.
     """
     side = round(res * fraction)
-    corner = (res - side) // 2
-    return torch.tensor([[corner, corner, corner + side, corner + side]])
+    start = (res - side) // 2
+    return start, start + side
+
+
+def center_box(res: int, fraction: float) -> torch.Tensor:
+    """The paper's hole as (1, 4) whole numbers: top, left, bottom, right, the last two just outside."""
+    start, end = center_span(res, fraction)
+    return torch.tensor([[start, start, end, end]])
 
 
 def random_boxes(n: int, res: int, fraction: float, rng: torch.Generator) -> torch.Tensor:
@@ -86,6 +92,309 @@ def paste(output: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> torc
     """The output in the hole, the image elsewhere: the restored picture, which a user keeps."""
     return output * mask + image * (1 - mask)
 
+
+# --- Split and batches ----------------------------------------------------------------------------
+
+
+def split(pixels: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(training part, validation part): the first and the last by name (section 2.5: 80 % and 20 %).
+
+    By order and not at random: for all of CelebA this is nearly the official partition, in which nobody is
+    on both sides.
+    """
+    cut = len(pixels) - round(len(pixels) * share)
+    return pixels[:cut], pixels[cut:]
+
+
+def to_gpu_if_it_fits(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The training set on the GPU if it takes under half of the free memory there; else where it is."""
+    if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        return pixels.to(device)
+    return pixels
+
+
+def batches(training: torch.Tensor, size: int, order: torch.Tensor, flip: torch.Tensor, device: torch.device):
+    """Yield the batches of an epoch: image (size, 3, H, W), float in [0, 1], on `device`.
+
+    `order` (steps * size) says which pictures, `flip` (steps * size) which of them are mirrored. There is no
+    DataLoader: picking rows of one tensor takes less time than handing them from process to process.
+    """
+    order = order.to(training.device)
+    flip = flip.to(device)
+    for start in range(0, len(order), size):
+        pixels = training[order[start : start + size]]
+        if device.type == "cuda" and not training.is_cuda:
+            pixels = pixels.pin_memory()  # so that the copy need not wait for the device
+        pixels = pixels.to(device, non_blocking=True).to(memory_format=torch.channels_last)
+        image = pixels.float().div_(255)
+        yield torch.where(flip[start : start + size, None, None, None], image.flip(3), image)
+
+# --- Framing --------------------------------------------------------------------------------------
+
+
+def frame(image: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    """Training pictures framed at random, as people frame their photos (section 4, "in-the-wild").
+
+    image (B, 3, res, res) -> the same shape; chance (B, 5) in [0, 1). Three tenths stay as they are. The
+    others are zoomed by 1 / 1.5 to 1.5 (evenly in the logarithm) and turned by up to 5 degrees, and their
+    middle is moved: across by up to 15 % of the side, and from 5 % up to 30 % down, as far as the mouth of
+    a face that is cut like CelebA's. Beyond the border, the picture is reflected.
+    """
+    u1, u2, u3, u4, u5 = chance.unbind(1)
+    zoom = 1.5 ** (2 * u2 - 1)
+    angle = math.radians(5) * (2 * u3 - 1)
+    across = 2 * 0.15 * (2 * u4 - 1)  # for affine_grid a picture is 2 wide
+    down = 2 * (0.35 * u5 - 0.05)
+    cosine = torch.cos(angle) / zoom
+    sine = torch.sin(angle) / zoom
+    moved = torch.stack([cosine, -sine, across, sine, cosine, down], 1).view(-1, 2, 3)
+    as_it_is = torch.eye(2, 3, device=image.device)
+    affine = torch.where(u1[:, None, None] < 0.3, as_it_is, moved)
+    places = F.affine_grid(affine, list(image.shape), align_corners=False)
+    return F.grid_sample(image, places, padding_mode="reflection", align_corners=False)
+
+# The lesson ends here. What follows is plumbing: read it when you want to know how a picture comes in or
+# goes out.
+
+# --- One photograph: a file becomes pixels --------------------------------------------------------
+
+
+class InputError(Exception):
+    """A mistake of the user, told in one line: what was wrong, where, what to do about it."""
+
+
+def open_photo(content: bytes, shortest: int | None = None, behind: str = "white") -> Image.Image:
+    """The bytes of a picture file -> upright RGB picture, its first frame.
+
+    What is transparent is laid on the colour `behind`. With `shortest`, a JPEG that is at least twice as
+    large is decoded at 1/2, 1/4 or 1/8 of its size: its 8 x 8 blocks of frequencies can be read as 4 x 4,
+    which saves most of the work. InputError if it is no picture.
+    """
+    try:
+        picture = Image.open(io.BytesIO(content))
+        if shortest:
+            picture.draft(None, (shortest, shortest))
+        picture.load()
+    except Exception as error:  # a broken file can raise anything: OSError, SyntaxError, struct.error, ...
+        why = str(error).partition(" <")[0] or type(error).__name__  # what follows is an address in memory
+        raise InputError(f"not a picture that can be read ({why})") from error
+    with contextlib.suppress(Exception):  # an orientation that cannot be read does not cost the picture
+        ImageOps.exif_transpose(picture, in_place=True)
+    return to_rgb(picture, behind)
+
+
+def to_rgb(picture: Image.Image, behind: str) -> Image.Image:
+    """Any mode -> 8-bit RGB. 16-bit grey is divided by 257, where Pillow would clip it."""
+    if picture.mode.startswith("I"):
+        grey = (np.asarray(picture) / 257).round().clip(0, 255)
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    ground = Image.new("RGBA", picture.size, behind)
+    flat = Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
+    flat.info["icc_profile"] = picture.info.get("icc_profile")  # what its colours mean on a screen
+    return flat
+
+
+def central_square(picture: Image.Image, res: int) -> Image.Image:
+    """The largest centred square, scaled to res x res with a Lanczos filter."""
+    side = min(picture.size)
+    left = (picture.width - side) // 2
+    top = (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side)).resize((res, res), Image.Resampling.LANCZOS)
+
+
+def crop_resize(z: torch.Tensor, box: tuple, size: tuple[int, int]) -> torch.Tensor:
+    """Scale the part of z (C, H, W) in a box of real-valued corners to size (w, h) -> (C, h, w).
+
+    The box is (left, top, right, bottom) and may leave the picture. Beyond the border, the border's pixels
+    are repeated.
+    """
+    shrink = int((box[2] - box[0]) / size[0] / 8)
+    if shrink > 1:  # more than 8 pixels for one: take means first, or a large photo's box fills the memory
+        z = F.avg_pool2d(z, shrink, ceil_mode=True)
+        box = [end / shrink for end in box]
+    height, width = z.shape[1:]
+    x, y = math.floor(box[0]), math.floor(box[1])
+    right, bottom = math.ceil(box[2]), math.ceil(box[3])
+    inside = z[:, max(y, 0) : bottom, max(x, 0) : right]
+    beyond = (max(-x, 0), max(right - width, 0), max(-y, 0), max(bottom - height, 0))
+    planes = F.pad(inside, beyond, mode="replicate").numpy()
+    inner = (box[0] - x, box[1] - y, min(box[2] - x, right - x), min(box[3] - y, bottom - y))
+    lanczos = Image.Resampling.LANCZOS  # as the training pictures were scaled
+    scaled = [np.asarray(Image.fromarray(plane).resize(size, lanczos, inner, 3.0)) for plane in planes]
+    return torch.from_numpy(np.stack(scaled))
+
+
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    """RGB picture -> uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def to_float(pixels: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """uint8, any shape -> float in [0, 1], on the device."""
+    return pixels.to(device).float() / 255
+
+
+def to_picture(image: torch.Tensor) -> Image.Image:
+    """(3, H, W), uint8 or float in [0, 1] -> RGB picture."""
+    if image.is_floating_point():
+        image = image.float().mul(255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
+
+# --- A data set: a folder or zip becomes one tensor -----------------------------------------------
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SKIPPED = ("__MACOSX", "runs", "restored", "cache")  # macOS adds the first to a zip, this program the others
+
+
+def load_images(path: str | Path, res: int, cache: str | Path = "cache") -> torch.Tensor:
+    """A folder (searched to the bottom) or a .zip of pictures -> uint8 (N, 3, res, res), sorted by name.
+
+    Each picture is turned upright, made RGB, cut to its central square and scaled. This is done once; the
+    result is kept in `cache`, from where it is mapped into memory. The file's name holds a checksum of the
+    pictures' names, sizes and times, so changed pictures are read anew. Up to 5 % broken pictures are named
+    and left out; InputError if more are, if one cannot be read, or if there is none.
+    """
+    path = Path(path)
+    found = find_pictures(path)
+    place = checksum(os.path.abspath(path))
+    try:
+        content = checksum([stamp(*pair) for pair in found])
+    except OSError as error:
+        raise cannot_read(error.filename or path, error) from error
+    file = Path(cache, f"{path.stem}-{place}-{res}-{content}.bytes")
+    pixels = read_cache(file, res, len(found))
+    if pixels is not None:
+        if len(pixels) < len(found):
+            say(f"{path}: {len(found) - len(pixels)} of {len(found)} pictures are broken and left out")
+        return pixels
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for old in file.parent.glob(f"{glob.escape(path.stem)}-{place}-{res}-*.bytes"):
+            old.unlink()
+        with whole_file(file) as stream:
+            for picture in decode_all(path, found, res):
+                stream.write(picture.tobytes())
+        pixels = read_cache(file, res, len(found))
+        if pixels is None:
+            raise OSError(errno.EIO, "it cannot be read back")
+        return pixels
+    except OSError as error:
+        say(f"warning: no cache can be kept in {file.parent} ({error.strerror}): reading for this run only")
+        return torch.from_numpy(np.stack(list(decode_all(path, found, res))))
+
+
+def checksum(value) -> str:
+    """Twelve hexadecimal digits that change with the value."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+def find_pictures(path: Path) -> list[tuple]:
+    """(name, file or entry of the zip) of every picture in a folder or zip, sorted by name.
+
+    Folders are searched to the bottom, linked ones too. Hidden files and folders and those in SKIPPED do
+    not count. Files of other kinds are counted and told. InputError if there is no picture.
+    """
+    try:
+        found = folder_files(path) if path.is_dir() else zip_entries(path)
+    except OSError as error:
+        raise cannot_read(error.filename or path, error) from error
+    visible = [pair for pair in found if not any(map(is_hidden, Path(pair[0]).parts))]
+    pictures = [pair for pair in visible if pair[0].lower().endswith(PICTURES)]
+    others = [Path(name) for name, _ in visible if not name.lower().endswith(PICTURES)]
+    counts = collections.Counter(file.suffix.lower() or "no suffix" for file in others)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(5))
+    if not pictures:
+        holds = f"; it holds {kinds}" if kinds else ""
+        raise InputError(f"{path} holds no picture ({' '.join(PICTURES)}){holds}")
+    if kinds:
+        say(f"{path}: {len(others)} files of other kinds are skipped ({kinds})")
+    return sorted(pictures, key=lambda pair: pair[0])
+
+
+def is_hidden(part: str) -> bool:
+    """Whether a file or folder of this name does not count."""
+    return part.startswith(".") or part in SKIPPED
+
+
+def folder_files(path: Path) -> list[tuple]:
+    """(name, file) of every file below a folder; links are followed, and no folder is entered twice."""
+
+    def fail(error):
+        raise error
+
+    files, entered = [], set()
+    for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in entered:  # a link that leads back
+            folders.clear()
+        else:
+            files += [Path(folder, name) for name in names]
+            entered.add(place)
+    return [(file.relative_to(path).as_posix(), file) for file in files]
+
+
+def zip_entries(path: Path) -> list[tuple]:
+    """(name, entry) of every file in a zip. Two entries of one name are two files."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [(entry.filename, entry) for entry in archive.infolist() if not entry.is_dir()]
+    except OSError:
+        raise
+    except Exception as error:  # a damaged directory can raise more than BadZipFile
+        advice = "it takes a folder or a whole .zip"
+        raise InputError(f"{path} is no zip, or is cut off ({error}): {advice}") from error
+
+
+def stamp(name: str, entry: Path | zipfile.ZipInfo) -> tuple:
+    """What changes when a picture changes: name, size and time; in a zip name, size and checksum."""
+    if isinstance(entry, zipfile.ZipInfo):
+        return name, entry.file_size, entry.CRC
+    return name, entry.stat().st_size, entry.stat().st_mtime_ns
+
+
+def decode_all(path: Path, found: list[tuple], res: int):
+    """Yield the pixels of every picture, uint8 (3, res, res); the broken ones are named at the end."""
+    read = Path.read_bytes if path.is_dir() else zipfile.ZipFile(path).read
+    broken = []
+    began = time.time()
+    for done, (name, entry) in enumerate(found):
+        speed = (done + 1) / (time.time() - began + 1e-9)
+        progress(f"reading {path.name}: {done}/{len(found)} pictures{time_left(len(found) - done, speed)}")
+        try:
+            picture = open_photo(read(entry), res)
+        except OSError as error:  # it may be a good picture
+            raise cannot_read(path / name, error) from error
+        except Exception as error:  # a damaged entry of a zip can raise anything
+            broken.append(f"{name}: {error}")
+        else:
+            yield to_tensor(central_square(picture, res)).numpy()
+    progress(None)
+    told = f"{path}: {len(broken)} of {len(found)} pictures are broken"
+    if len(broken) > 0.05 * len(found):
+        raise InputError(f"{told}, the first are {'; '.join(broken[:5])}: mend or remove them")
+    if broken:
+        say("\n  ".join([f"{told} and left out:", *broken[:10]]))
+
+
+def cannot_read(path: str | Path, error: OSError) -> InputError:
+    """The InputError for a file or folder that cannot be read."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return InputError(f"{path} cannot be read: it points to nothing; mend or remove the link")
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path} does not exist: give the place where it is")
+    return InputError(f"{path} cannot be read ({error.strerror or error}): see who may read it")
+
+
+def read_cache(file: Path, res: int, count: int) -> torch.Tensor | None:
+    """The pictures in the cache, mapped from the disk, or None unless they are whole."""
+    try:
+        table = np.memmap(file, np.uint8, "c")  # copy on write: torch wants a tensor that it may write to
+        pixels = torch.from_numpy(table).view(-1, 3, res, res)
+    except (OSError, ValueError, RuntimeError):  # not there, empty, cut off
+        return None
+    return pixels if 0.95 * count <= len(pixels) <= count else None
 
 # --- Faces that are drawn: a data set with no download --------------------------------------------
 
@@ -256,308 +565,6 @@ def draw_mouth(canvas, plane, p, vary):
         lip = ((thick * taper - (middle - centre * taper).abs()) * 64 + 0.5).clamp(0, 1) * (taper > 0)
         paint(canvas, lip, lips * light)
 
-
-# --- Split and batches ----------------------------------------------------------------------------
-
-
-def split(pixels: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(training part, validation part): the first and the last by name (section 2.5: 80 % and 20 %).
-
-    By order and not at random: for all of CelebA this is nearly the official partition, in which nobody is
-    on both sides.
-    """
-    cut = len(pixels) - round(len(pixels) * share)
-    return pixels[:cut], pixels[cut:]
-
-
-def to_gpu_if_it_fits(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The training set on the GPU if it takes under half of the free memory there; else where it is."""
-    if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        return pixels.to(device)
-    return pixels
-
-
-def batches(training: torch.Tensor, size: int, order: torch.Tensor, flip: torch.Tensor, device: torch.device):
-    """Yield the batches of an epoch: image (size, 3, H, W), float in [0, 1], on `device`.
-
-    `order` (steps * size) says which pictures, `flip` (steps * size) which of them are mirrored. There is no
-    DataLoader: picking rows of one tensor takes less time than handing them from process to process.
-    """
-    order = order.to(training.device)
-    flip = flip.to(device)
-    for start in range(0, len(order), size):
-        pixels = training[order[start : start + size]]
-        if device.type == "cuda" and not training.is_cuda:
-            pixels = pixels.pin_memory()  # so that the copy need not wait for the device
-        pixels = pixels.to(device, non_blocking=True).to(memory_format=torch.channels_last)
-        image = pixels.float().div_(255)
-        yield torch.where(flip[start : start + size, None, None, None], image.flip(3), image)
-
-
-def frame(image: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    """Training pictures framed at random, as people frame their photos (section 4, "in-the-wild").
-
-    image (B, 3, res, res) -> the same shape; chance (B, 5) in [0, 1). Three tenths stay as they are. The
-    others are zoomed by 1 / 1.5 to 1.5 (evenly in the logarithm) and turned by up to 5 degrees, and their
-    middle is moved: across by up to 15 % of the side, and from 5 % up to 30 % down, as far as the mouth of
-    a face that is cut like CelebA's. Beyond the border, the picture is reflected.
-    """
-    u1, u2, u3, u4, u5 = chance.unbind(1)
-    zoom = 1.5 ** (2 * u2 - 1)
-    angle = math.radians(5) * (2 * u3 - 1)
-    across = 2 * 0.15 * (2 * u4 - 1)  # for affine_grid a picture is 2 wide
-    down = 2 * (0.35 * u5 - 0.05)
-    cosine = torch.cos(angle) / zoom
-    sine = torch.sin(angle) / zoom
-    moved = torch.stack([cosine, -sine, across, sine, cosine, down], 1).view(-1, 2, 3)
-    as_it_is = torch.eye(2, 3, device=image.device)
-    affine = torch.where(u1[:, None, None] < 0.3, as_it_is, moved)
-    places = F.affine_grid(affine, list(image.shape), align_corners=False)
-    return F.grid_sample(image, places, padding_mode="reflection", align_corners=False)
-
-
-# --- One photograph: a file becomes pixels --------------------------------------------------------
-
-
-class InputError(Exception):
-    """A mistake of the user, told in one line: what was wrong, where, what to do about it."""
-
-
-def open_photo(content: bytes, shortest: int | None = None, behind: str = "white") -> Image.Image:
-    """The bytes of a picture file -> upright RGB picture, its first frame.
-
-    What is transparent is laid on the colour `behind`. With `shortest`, a JPEG that is at least twice as
-    large is decoded at 1/2, 1/4 or 1/8 of its size: its 8 x 8 blocks of frequencies can be read as 4 x 4,
-    which saves most of the work. InputError if it is no picture.
-    """
-    try:
-        picture = Image.open(io.BytesIO(content))
-        if shortest:
-            picture.draft(None, (shortest, shortest))
-        picture.load()
-    except Exception as error:  # a broken file can raise anything: OSError, SyntaxError, struct.error, ...
-        why = str(error).partition(" <")[0] or type(error).__name__  # what follows is an address in memory
-        raise InputError(f"not a picture that can be read ({why})") from error
-    with contextlib.suppress(Exception):  # an orientation that cannot be read does not cost the picture
-        ImageOps.exif_transpose(picture, in_place=True)
-    return to_rgb(picture, behind)
-
-
-def to_rgb(picture: Image.Image, behind: str) -> Image.Image:
-    """Any mode -> 8-bit RGB. 16-bit grey is divided by 257, where Pillow would clip it."""
-    if picture.mode.startswith("I"):
-        grey = (np.asarray(picture) / 257).round().clip(0, 255)
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    ground = Image.new("RGBA", picture.size, behind)
-    flat = Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
-    flat.info["icc_profile"] = picture.info.get("icc_profile")  # what its colours mean on a screen
-    return flat
-
-
-def central_square(picture: Image.Image, res: int) -> Image.Image:
-    """The largest centred square, scaled to res x res with a Lanczos filter."""
-    side = min(picture.size)
-    left = (picture.width - side) // 2
-    top = (picture.height - side) // 2
-    return picture.crop((left, top, left + side, top + side)).resize((res, res), Image.Resampling.LANCZOS)
-
-
-def crop_resize(z: torch.Tensor, box: tuple, size: tuple[int, int]) -> torch.Tensor:
-    """Scale the part of z (C, H, W) in a box of real-valued corners to size (w, h) -> (C, h, w).
-
-    The box is (left, top, right, bottom) and may leave the picture. Beyond the border, the border's pixels
-    are repeated.
-    """
-    shrink = int((box[2] - box[0]) / size[0] / 8)
-    if shrink > 1:  # more than 8 pixels for one: take means first, or a large photo's box fills the memory
-        z = F.avg_pool2d(z, shrink, ceil_mode=True)
-        box = [end / shrink for end in box]
-    height, width = z.shape[1:]
-    x, y = math.floor(box[0]), math.floor(box[1])
-    right, bottom = math.ceil(box[2]), math.ceil(box[3])
-    inside = z[:, max(y, 0) : bottom, max(x, 0) : right]
-    beyond = (max(-x, 0), max(right - width, 0), max(-y, 0), max(bottom - height, 0))
-    planes = F.pad(inside, beyond, mode="replicate").numpy()
-    inner = (box[0] - x, box[1] - y, min(box[2] - x, right - x), min(box[3] - y, bottom - y))
-    lanczos = Image.Resampling.LANCZOS  # as the training pictures were scaled
-    scaled = [np.asarray(Image.fromarray(plane).resize(size, lanczos, inner, 3.0)) for plane in planes]
-    return torch.from_numpy(np.stack(scaled))
-
-
-def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """RGB picture -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def to_float(pixels: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
-    """uint8, any shape -> float in [0, 1], on the device."""
-    return pixels.to(device).float() / 255
-
-
-def to_picture(image: torch.Tensor) -> Image.Image:
-    """(3, H, W), uint8 or float in [0, 1] -> RGB picture."""
-    if image.is_floating_point():
-        image = image.float().mul(255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
-
-
-# --- A data set: a folder or zip becomes one tensor -----------------------------------------------
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SKIPPED = ("__MACOSX", "runs", "restored", "cache")  # macOS adds the first to a zip, this program the others
-
-
-def load_images(path: str | Path, res: int, cache: str | Path = "cache") -> torch.Tensor:
-    """A folder (searched to the bottom) or a .zip of pictures -> uint8 (N, 3, res, res), sorted by name.
-
-    Each picture is turned upright, made RGB, cut to its central square and scaled. This is done once; the
-    result is kept in `cache`, from where it is mapped into memory. The file's name holds a checksum of the
-    pictures' names, sizes and times, so changed pictures are read anew. Up to 5 % broken pictures are named
-    and left out; InputError if more are, if one cannot be read, or if there is none.
-    """
-    path = Path(path)
-    found = find_pictures(path)
-    place = checksum(os.path.abspath(path))
-    try:
-        content = checksum([stamp(*pair) for pair in found])
-    except OSError as error:
-        raise cannot_read(error.filename or path, error) from error
-    file = Path(cache, f"{path.stem}-{place}-{res}-{content}.bytes")
-    pixels = read_cache(file, res, len(found))
-    if pixels is not None:
-        if len(pixels) < len(found):
-            say(f"{path}: {len(found) - len(pixels)} of {len(found)} pictures are broken and left out")
-        return pixels
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        for old in file.parent.glob(f"{glob.escape(path.stem)}-{place}-{res}-*.bytes"):
-            old.unlink()
-        with whole_file(file) as stream:
-            for picture in decode_all(path, found, res):
-                stream.write(picture.tobytes())
-        pixels = read_cache(file, res, len(found))
-        if pixels is None:
-            raise OSError(errno.EIO, "it cannot be read back")
-        return pixels
-    except OSError as error:
-        say(f"warning: no cache can be kept in {file.parent} ({error.strerror}): reading for this run only")
-        return torch.from_numpy(np.stack(list(decode_all(path, found, res))))
-
-
-def checksum(value) -> str:
-    """Twelve hexadecimal digits that change with the value."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
-
-
-def find_pictures(path: Path) -> list[tuple]:
-    """(name, file or entry of the zip) of every picture in a folder or zip, sorted by name.
-
-    Folders are searched to the bottom, linked ones too. Hidden files and folders and those in SKIPPED do
-    not count. Files of other kinds are counted and told. InputError if there is no picture.
-    """
-    try:
-        found = folder_files(path) if path.is_dir() else zip_entries(path)
-    except OSError as error:
-        raise cannot_read(error.filename or path, error) from error
-    visible = [pair for pair in found if not any(map(is_hidden, Path(pair[0]).parts))]
-    pictures = [pair for pair in visible if pair[0].lower().endswith(PICTURES)]
-    others = [Path(name) for name, _ in visible if not name.lower().endswith(PICTURES)]
-    counts = collections.Counter(file.suffix.lower() or "no suffix" for file in others)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(5))
-    if not pictures:
-        holds = f"; it holds {kinds}" if kinds else ""
-        raise InputError(f"{path} holds no picture ({' '.join(PICTURES)}){holds}")
-    if kinds:
-        say(f"{path}: {len(others)} files of other kinds are skipped ({kinds})")
-    return sorted(pictures, key=lambda pair: pair[0])
-
-
-def is_hidden(part: str) -> bool:
-    """Whether a file or folder of this name does not count."""
-    return part.startswith(".") or part in SKIPPED
-
-
-def folder_files(path: Path) -> list[tuple]:
-    """(name, file) of every file below a folder; links are followed, and no folder is entered twice."""
-
-    def fail(error):
-        raise error
-
-    files, entered = [], set()
-    for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
-        place = os.path.realpath(folder)
-        if place in entered:  # a link that leads back
-            folders.clear()
-        else:
-            files += [Path(folder, name) for name in names]
-            entered.add(place)
-    return [(file.relative_to(path).as_posix(), file) for file in files]
-
-
-def zip_entries(path: Path) -> list[tuple]:
-    """(name, entry) of every file in a zip. Two entries of one name are two files."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [(entry.filename, entry) for entry in archive.infolist() if not entry.is_dir()]
-    except OSError:
-        raise
-    except Exception as error:  # a damaged directory can raise more than BadZipFile
-        advice = "it takes a folder or a whole .zip"
-        raise InputError(f"{path} is no zip, or is cut off ({error}): {advice}") from error
-
-
-def stamp(name: str, entry: Path | zipfile.ZipInfo) -> tuple:
-    """What changes when a picture changes: name, size and time; in a zip name, size and checksum."""
-    if isinstance(entry, zipfile.ZipInfo):
-        return name, entry.file_size, entry.CRC
-    return name, entry.stat().st_size, entry.stat().st_mtime_ns
-
-
-def decode_all(path: Path, found: list[tuple], res: int):
-    """Yield the pixels of every picture, uint8 (3, res, res); the broken ones are named at the end."""
-    read = Path.read_bytes if path.is_dir() else zipfile.ZipFile(path).read
-    broken = []
-    began = time.time()
-    for done, (name, entry) in enumerate(found):
-        speed = (done + 1) / (time.time() - began + 1e-9)
-        progress(f"reading {path.name}: {done}/{len(found)} pictures{time_left(len(found) - done, speed)}")
-        try:
-            picture = open_photo(read(entry), res)
-        except OSError as error:  # it may be a good picture
-            raise cannot_read(path / name, error) from error
-        except Exception as error:  # a damaged entry of a zip can raise anything
-            broken.append(f"{name}: {error}")
-        else:
-            yield to_tensor(central_square(picture, res)).numpy()
-    progress(None)
-    told = f"{path}: {len(broken)} of {len(found)} pictures are broken"
-    if len(broken) > 0.05 * len(found):
-        raise InputError(f"{told}, the first are {'; '.join(broken[:5])}: mend or remove them")
-    if broken:
-        say("\n  ".join([f"{told} and left out:", *broken[:10]]))
-
-
-def cannot_read(path: str | Path, error: OSError) -> InputError:
-    """The InputError for a file or folder that cannot be read."""
-    if os.path.islink(path) and not os.path.exists(path):
-        return InputError(f"{path} cannot be read: it points to nothing; mend or remove the link")
-    if isinstance(error, FileNotFoundError):
-        return InputError(f"{path} does not exist: give the place where it is")
-    return InputError(f"{path} cannot be read ({error.strerror or error}): see who may read it")
-
-
-def read_cache(file: Path, res: int, count: int) -> torch.Tensor | None:
-    """The pictures in the cache, mapped from the disk, or None unless they are whole."""
-    try:
-        table = np.memmap(file, np.uint8, "c")  # copy on write: torch wants a tensor that it may write to
-        pixels = torch.from_numpy(table).view(-1, 3, res, res)
-    except (OSError, ValueError, RuntimeError):  # not there, empty, cut off
-        return None
-    return pixels if 0.95 * count <= len(pixels) <= count else None
-
-
 # --- Writing --------------------------------------------------------------------------------------
 
 
@@ -626,7 +633,6 @@ def to_csv(rows: list[dict]) -> bytes:
 def to_json(value: dict) -> bytes:
     """A dictionary as the bytes of a JSON file."""
     return (json.dumps(value, indent=2) + "\n").encode()
-
 
 # --- Grids and charts -----------------------------------------------------------------------------
 
@@ -732,7 +738,6 @@ def ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10((high - low) / 2))
     step = next(power * k for k in (5, 2, 1, 0.5, 0.2) if (high - low) / (power * k) >= 3)
     return [round(k * step, 10) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
 
 # --- The screen -----------------------------------------------------------------------------------
 

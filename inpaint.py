@@ -833,7 +833,7 @@ def read_photo(file: Path, behind: str = "white") -> PIL.Image.Image:
 def central_mask(photo: PIL.Image.Image, options: dict) -> torch.Tensor:
     """The hole of the training, in the central square of the photo: (1, H, W), 1 in the hole."""
     square = min(photo.size)
-    first, _, end, _ = data.center_box(options["res"], options["hole"])[0].tolist()
+    first, end = data.center_span(options["res"], options["hole"])
     side = max(1, round(square * (end - first) / options["res"]))
     start = round(square * first / options["res"])
     top, left = ((length - square) // 2 + start for length in (photo.height, photo.width))
@@ -876,7 +876,7 @@ def view(options: dict, box: tuple[int, int, int, int]) -> tuple[float, float, f
     leave the photo.
     """
     top, left, bottom, right = box
-    first, _, end, _ = data.center_box(options["res"], options["hole"])[0].tolist()
+    first, end = data.center_span(options["res"], options["hole"])
     scale = max(bottom - top, right - left) / (end - first)
     middle = (first + end) / 2 * scale  # of the hole, from the left or top end of the view
     return (left + right) / 2 - middle, (top + bottom) / 2 - middle, scale
