@@ -36,24 +36,33 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import data
 import losses
 import models
 from data import InputError
 
-# The paper's two networks, as we train them: the values of options that are not given.
-PRESETS = {
-    "unet": {"res": 128, "loss": "l1", "depth": 5, "width": 32, "limit": 2, "lr": 3e-3},
-    "gan": {"res": 64, "loss": "adversarial+30*known", "depth": 4, "width": 24, "limit": 16, "lr": 2e-4},
-}
-COMMON = {"act": "relu", "hole_weight": 10.0, "fake": "restored", "augment": "jitter", "norm": "group"}
-# A distance in the loss guides the GAN: it may learn faster, from a discriminator that sees less.
-WITH_DISTANCE = {"lr": 5e-4, "augment": "color+shift", "norm": "batch"}
-# With --wild each picture has been moved at random already: moved again, it would blind the discriminator.
-WITH_WILD = {"augment": "color"}
+# The recipes: the paper's two networks as we train them, and what both have in common. These are the values
+# of all options that are not given.
+RECIPES = {
+    "unet": {
+        "res": 128, "depth": 5, "width": 32, "limit": 2, "lr": 3e-3,
+        "loss": "l1",
+    },
+    "gan": {
+        "res": 64, "depth": 4, "width": 24, "limit": 16, "lr": 5e-4,
+        "loss": "30*l1+adversarial+8*features",
+    },
+}  # fmt: skip
+DEFAULTS = {
+    "act": "relu", "hole_weight": 10.0, "judge": "middle", "augment": "color+shift",
+    "data": "synthetic", "hole": 0.3, "wild": False, "val": 0.2,
+    "epochs": 12, "batch": 8, "seed": 0, "precision": "auto",
+}  # fmt: skip
+TRAINING = ("model", *RECIPES["unet"], *DEFAULTS)  # all options that decide what is trained
+WEIGHT_DECAY = {"unet": 0.05, "gan": 0.0}  # a little against overfitting; DCGAN has none
 DISCRIMINATOR_RATE = 2e-4  # DCGAN's; a discriminator that learns faster wins before the generator can paint
-WEIGHT_DECAY = 0.05  # of the U-Net: a little against overfitting
 SMOOTH = 0.1  # the target for real pictures is 0.9, so that the discriminator is never certain
 
 # --- What is trained, and the step ----------------------------------------------------------------
@@ -62,32 +71,38 @@ SMOOTH = 0.1  # the target for real pictures is 0.9, so that the discriminator i
 class Run:
     """What a run is made of: its options, networks, averaged generator, optimisers, counters and log.
 
-    The seed and `--model` decide the first weights: `--model` says how they are drawn, PyTorch's way or
-    DCGAN's. The loss decides whether there is a discriminator. `ema` is the averaged generator.
+    `--model` says how the first weights are drawn from the seed, PyTorch's way or DCGAN's. The loss decides
+    whether there is a discriminator. `ema` is the averaged generator.
     """
 
     def __init__(self, options: dict, device: torch.device, pictures: int = 0):
         self.options = options
         self.device = device
         self.pictures = pictures  # in the data set, to know it again
-        self.mask = data.center_hole(options["res"], options["hole"]).to(device)  # for validation
+        self.mask = data.center_hole(options["res"], options["hole"]).to(device)
         self.step = 0
         self.epoch = 0
         self.log = []  # a row for each epoch
-        self.film = []  # three restored faces for each epoch, uint8 (3, 3, res, res)
+        self.film = {}  # epoch: three restored faces, uint8 (3, 3, res, res)
+        self.told = None  # how well a fresh network tells what is painted, at the end
         self.loss_weights = losses.parse_loss(options["loss"])
         torch.manual_seed(options["seed"])
         self.networks = {"generator": self.prepare(build_generator(options))}
         self.networks["generator"].start_by_keeping()  # after DCGAN's start, which is another
         if "adversarial" in self.loss_weights:
-            discriminator = models.Discriminator(options["res"], options["width"], options["norm"])
-            self.networks["discriminator"] = self.prepare(discriminator)
+            side = options["res"] // 2 if options["judge"] == "middle" else options["res"]
+            self.networks["discriminator"] = self.prepare(models.Discriminator(side, options["width"]))
         self.ema = copy.deepcopy(self.networks["generator"]).eval().requires_grad_(False)
-        decay = WEIGHT_DECAY if options["model"] == "unet" else 0.0
+        decay = WEIGHT_DECAY[options["model"]]
         adam = {"betas": (0.5, 0.999), "weight_decay": decay, "fused": device.type != "mps"}
         self.optimizers = {
             name: torch.optim.AdamW(network.parameters(), **adam) for name, network in self.networks.items()
         }
+        # What is averaged: all weights, and batch norm's statistics.
+        self.averages, self.weights = (
+            [value for value in network.state_dict().values() if value.is_floating_point()]
+            for network in (self.ema, self.networks["generator"])
+        )
         # What the step calls: the same networks, or under torchrun PyTorch's wrappers around them.
         self.generator = self.networks["generator"]
         self.discriminator = self.networks.get("discriminator")
@@ -104,43 +119,66 @@ def build_generator(options: dict) -> models.UNet:
     return models.UNet(options["depth"], options["width"], options["act"], options["limit"])
 
 
-def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor, chance: torch.Tensor) -> dict:
-    """Damage, paint, judge, update: image (B, 3, H, W), mask (B, 1, H, W) -> {name: what is logged, ()}.
+def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor, looks: torch.Tensor) -> dict:
+    """Damage, paint, judge, update: image (B, 3, H, W), mask (B or 1, 1, H, W) -> {name: what is logged, ()}.
 
-    chance (B, 3, 5) in [0, 1), on the CPU, is for three looks at each picture (models.augment).
-    Nothing here waits for the device: the numbers are tensors until somebody reads them.
+    looks (B, 3, 5), uniform in [0, 1), change each picture when the discriminator looks at it, three times a
+    step. Nothing here waits for the device: the numbers are tensors until somebody reads them.
     """
     options = run.options
     terms, report = {}, {}
-    precision = functools.partial(autocast, run.device, options["precision"])
-    look = functools.partial(models.augment, kind=options["augment"])
     damaged = data.damage(image, mask)
-    with precision():
+    with autocast(run.device, options["precision"]):
         output = run.generator(damaged, mask)  # (B, 3, H, W), the whole picture
     if run.discriminator:
-        real = look(image, chance[:, 0])
-        fake = data.paste(output, image, mask) if options["fake"] == "restored" else output
+        fake = output if options["judge"] == "output" else data.paste(output, image, mask)
         # (1) The discriminator: a high D(real), a low D(fake). The generator is left out: detach.
-        fake_alone = look(fake.detach(), chance[:, 1])
-        with precision():
-            real_logit = run.discriminator(real)  # (B,)
-            fake_logit = run.discriminator(fake_alone)
-        report["d_loss"] = losses.discriminator_loss(real_logit, fake_logit, SMOOTH)
-        update(run.optimizers["discriminator"], report["d_loss"])
-        report["D(real)"] = real_logit.sigmoid().mean()
-        report["D(fake)"] = fake_logit.sigmoid().mean()
-        # (2) The generator: a high D(fake), judged anew. The discriminator's weights are left out.
-        judge = run.networks["discriminator"].requires_grad_(False)
-        fake = look(fake, chance[:, 2])
-        with precision():
-            terms["adversarial"] = losses.generator_loss(judge(fake))
-        judge.requires_grad_(True)
+        report = teach_discriminator(run, image, fake.detach(), looks)
+        # (2) The generator: a high D(fake), judged anew.
+        terms = ask_discriminator(run, image, fake, looks[:, 2])
     # With any network: minimise the distance from the original too, if the loss has one.
     terms |= losses.distances(run.loss_weights, output, image, mask, options["hole_weight"])
     update(run.optimizers["generator"], sum(run.loss_weights[name] * term for name, term in terms.items()))
-    update_ema(run.ema, run.networks["generator"], run.step)
+    update_ema(run.averages, run.weights, run.step)
     run.step += 1
     return {name: value.detach() for name, value in (terms | report).items()}
+
+
+def teach_discriminator(run: Run, real: torch.Tensor, fake: torch.Tensor, looks: torch.Tensor) -> dict:
+    """A step of the discriminator: real and fake (B, 3, H, W) -> {name: what is logged, ()}."""
+    real = seen(run.options, real, looks[:, 0])
+    fake = seen(run.options, fake, looks[:, 1])
+    with autocast(run.device, run.options["precision"]):
+        real_logit, _ = run.discriminator(real)  # (B,)
+        fake_logit, _ = run.discriminator(fake)
+    loss = losses.discriminator_loss(real_logit, fake_logit, SMOOTH)
+    update(run.optimizers["discriminator"], loss)
+    return {"d_loss": loss, "D(real)": real_logit.sigmoid().mean(), "D(fake)": fake_logit.sigmoid().mean()}
+
+
+def ask_discriminator(run: Run, real: torch.Tensor, fake: torch.Tensor, look: torch.Tensor) -> dict:
+    """The terms of the generator's loss that the discriminator gives, its own weights left out."""
+    judge = run.networks["discriminator"].requires_grad_(False)
+    fake = seen(run.options, fake, look)
+    with autocast(run.device, run.options["precision"]):
+        fake_logit, fake_features = judge(fake)
+    terms = {"adversarial": losses.generator_loss(fake_logit)}
+    if "features" in run.loss_weights:
+        real = seen(run.options, real, look)  # changed by the same numbers, so that the features compare
+        with autocast(run.device, run.options["precision"]):
+            _, real_features = judge(real)
+        terms["features"] = losses.feature_loss(fake_features, real_features)
+    judge.requires_grad_(True)
+    return terms
+
+
+def seen(options: dict, picture: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
+    """What the discriminator sees of a picture (B, 3, H, W): all or the middle, changed by look (B, 5)."""
+    if options["judge"] == "middle":
+        picture = models.middle(picture)
+    if options["augment"] == "color+shift":
+        picture = models.augment(picture, look)
+    return picture
 
 
 def autocast(device: torch.device, precision: str):
@@ -151,22 +189,19 @@ def autocast(device: torch.device, precision: str):
 
 
 def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One step down the gradient of the loss."""
+    """One step down the gradient of the loss. Gradients add up, so those of the last step go first."""
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
 
 
-@torch.no_grad()
-def update_ema(ema: torch.nn.Module, network: torch.nn.Module, step: int) -> None:
-    """ema <- d * ema + (1 - d) * network, batch norm's statistics too; d = min(0.999, (n + 1) / (n + 10)).
+def update_ema(averages: list[torch.Tensor], weights: list[torch.Tensor], step: int) -> None:
+    """average <- d * average + (1 - d) * weight, in place; d = min(0.999, (n + 1) / (n + 10)) after n steps.
 
     A mean over about the last ninth of all steps, 1,000 at most. It does what a lower learning rate would do.
     """
-    share = 1 - min(0.999, (step + 1) / (step + 10))
-    for average, current in zip(ema.state_dict().values(), network.state_dict().values()):
-        if average.is_floating_point():
-            average.lerp_(current, share)
+    decay = min(0.999, (step + 1) / (step + 10))
+    get_ema_multi_avg_fn(decay)(averages, weights, step)
 
 
 # --- An epoch -------------------------------------------------------------------------------------
@@ -180,10 +215,10 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def draw_epoch(options: dict, epoch: int, count: int, take: int) -> tuple[torch.Tensor, ...]:
-    """The random choices of one epoch: order, mirrored or not, holes, the discriminator's looks, framing.
+    """The random choices of one epoch: order, mirrored or not, the discriminator's looks, holes, framing.
 
     Seed, epoch and process decide them. All processes have the same shuffled order, from which each takes its
-    own pictures, `take` of them.
+    own pictures, `take` of them. Holes and framing are for --wild.
     """
     rank, world = rank_and_world()
     seed = options["seed"] * 1_000_003 + epoch
@@ -191,12 +226,12 @@ def draw_epoch(options: dict, epoch: int, count: int, take: int) -> tuple[torch.
     order = torch.randperm(count, generator=shared)[rank::world][:take]
     own = torch.Generator().manual_seed(seed * 1009 + rank)
     flip = torch.rand(take, generator=own) < 0.5
-    boxes = data.center_box(options["res"], options["hole"]).expand(take, 4)
+    boxes = data.center_box(options["res"], options["hole"])
     if options["wild"]:
         boxes = data.random_boxes(take, options["res"], options["hole"], own)
     looks = torch.rand(take, 3, 5, generator=own)
     framing = torch.rand(take, 5, generator=own)
-    return order, flip, boxes, looks, framing
+    return order, flip, looks, boxes, framing
 
 
 def learning_rate(highest: float, step: int, total: int) -> float:
@@ -215,8 +250,8 @@ def train_epoch(run: Run, training: torch.Tensor) -> dict[str, float]:
     batch = min(options["batch"], here)
     steps = here // batch
     total = options["epochs"] * steps
-    order, flip, boxes, looks, framing = draw_epoch(options, run.epoch, len(training), steps * batch)
-    boxes, framing = boxes.to(run.device), framing.to(run.device)
+    order, flip, *chances = draw_epoch(options, run.epoch, len(training), steps * batch)
+    looks, boxes, framing = (chance.to(run.device) for chance in chances)  # once, so that no step waits
     highest = {"generator": options["lr"], "discriminator": DISCRIMINATOR_RATE}
     sums = {}
     began = last_look = time.perf_counter()
@@ -225,9 +260,10 @@ def train_epoch(run: Run, training: torch.Tensor) -> dict[str, float]:
             rate = learning_rate(highest[name], run.epoch * steps + i, total)
             optimizer.param_groups[0]["lr"] = rate
         part = slice(i * batch, (i + 1) * batch)
+        mask = run.mask
         if options["wild"]:
             image = data.frame(image, framing[part])
-        mask = data.box_mask(boxes[part], options["res"])
+            mask = data.box_mask(boxes[part], options["res"])
         report = training_step(run, image, mask, looks[part])
         sums = {name: sums.get(name, 0) + value for name, value in report.items()}
         if rank == 0 and time.perf_counter() - last_look > 1:
@@ -260,7 +296,8 @@ def check_finite(run: Run, numbers: dict[str, torch.Tensor]) -> None:
 
 # --- Validation -----------------------------------------------------------------------------------
 
-METRICS = (*losses.PER_PICTURE, "swd_hole", "sharpness")
+METRICS = (*losses.PER_PICTURE, "swd_hole")
+TELL_EPOCHS = 12
 
 
 @torch.no_grad()
@@ -276,29 +313,68 @@ def part_size(pixels: torch.Tensor) -> int:
 
 
 def validate(painter, pixels: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
-    """All METRICS over a validation set, uint8 (N, 3, res, res): means over pictures, and two of realism.
+    """All METRICS over a validation set, uint8 (N, 3, res, res): losses.measure's means, and swd_hole.
 
-    `painter(damaged)` -> output (B, 3, res, res): a network, or a method without one. Both measures of
-    realism look at the first 8 parts only: 800 pictures at 64 px.
+    `painter(damaged)` -> output (B, 3, res, res): a network, or a method without one. swd_hole looks at the
+    first 8 parts only: 800 pictures at 64 px.
     """
     values, kept = [], []
-    for part in pixels.split(part_size(pixels)):
-        image = data.to_float(part, mask.device)
-        output = painter(data.damage(image, mask))
-        restored = data.paste(output, image, mask)
+    for image, output, restored in painted(painter, pixels, mask):
         values.append(losses.measure(output, restored, image, mask))
         if len(kept) < 8:
             kept.append((restored, image))
     result = dict(zip(losses.PER_PICTURE, torch.cat(values, 1).cpu().double().mean(1).tolist()))
     restored, image = (torch.cat(parts) for parts in zip(*kept))
     result["swd_hole"] = losses.swd(restored, image, mask)
-    result["sharpness"] = losses.sharpness(restored, image, mask)
     return result | {"pictures": len(pixels)}
+
+
+@torch.no_grad()
+def painted(painter, pixels: torch.Tensor, mask: torch.Tensor):
+    """Yield (image, output, restored), (B, 3, res, res) each, for all pictures, a part at a time."""
+    for part in pixels.split(part_size(pixels)):
+        image = data.to_float(part, mask.device)
+        output = painter(data.damage(image, mask))
+        yield image, output, data.paste(output, image, mask)
+
+
+def tell(painter, pixels: torch.Tensor, mask: torch.Tensor) -> float | None:
+    """`told`: the share of faces that a fresh discriminator tells right, 0.5 is guessing.
+
+    It learns to tell restored faces from originals on seven tenths of the validation set, uint8
+    (N, 3, res, res), and is tested on the others. It sees the middle at half size, where the grain of a
+    photograph is gone, which no generator paints. (A classifier two-sample test, Lopez-Paz and Oquab 2017.)
+    None with fewer than 200 pictures: it would learn too little. Always the same random numbers.
+    """
+    if len(pixels) < 200:
+        data.say(f"told is left out: {len(pixels)} pictures are too few, it takes 200")
+        return None
+    parts = [(image, restored) for image, _, restored in painted(painter, pixels, mask)]
+    real, fake = (F.avg_pool2d(models.middle(torch.cat(pictures)), 2) for pictures in zip(*parts))
+    count = round(0.7 * len(real))  # to learn from
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        judge = models.Discriminator(real.shape[-1], 32).to(mask.device)
+        adam = torch.optim.AdamW(judge.parameters(), weight_decay=WEIGHT_DECAY["unet"])
+        batches = [chosen for _ in range(TELL_EPOCHS) for chosen in torch.randperm(count).split(16)]
+        flips = torch.rand(len(batches)) < 0.5
+    for step, (chosen, flip) in enumerate(zip(batches, flips.tolist())):
+        data.progress(f"a fresh discriminator learns: step {step + 1}/{len(batches)}")
+        adam.param_groups[0]["lr"] = learning_rate(2e-3, step, len(batches))
+        pictures = torch.cat([real[chosen], fake[chosen]])  # one batch, or batch norm would tell them apart
+        logit, _ = judge(pictures.flip(3) if flip else pictures)
+        update(adam, losses.discriminator_loss(*logit.chunk(2)))
+    data.progress(None)
+    judge.eval()
+    with torch.no_grad():
+        right = torch.cat([judge(real[count:])[0] > 0, judge(fake[count:])[0] <= 0])
+    return right.float().mean().item()
 
 
 # --- A run and its folder -------------------------------------------------------------------------
 
-KIND = "face inpainting checkpoint, version 3"
+KIND = "face inpainting checkpoint, version 4"
+COUNTED = ("step", "epoch", "log", "film", "told")  # what a run adds to its networks and options
 BOUNDS = {  # the least and the greatest value of an option
     "hole_weight": (1e-3, 1e6), "depth": (1, 9), "width": (1, 1024), "limit": (1, 256), "hole": (1e-6, 1),
     "val": (1e-6, 1), "epochs": (1, 10**6), "batch": (1, 10**6), "lr": (1e-12, 10), "seed": (0, 2**31),
@@ -372,28 +448,28 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     return state | {"ema": ema.to(device, memory_format=torch.channels_last)}
 
 
-def new_run(options: dict, device: torch.device, pictures: int) -> Run:
-    """A run with fresh weights, in the precision that the device is fast at unless another is wanted."""
-    return Run(options | {"precision": choose_precision(options["precision"], device)}, device, pictures)
+def begin(folder: Path | None, options: dict, device: torch.device, pictures: int) -> Run:
+    """The run in a folder as its last.pt has it, or with fresh weights if there is none.
 
-
-def open_run(folder: Path, options: dict, device: torch.device, pictures: int) -> Run:
-    """The run in a folder as its last.pt has it; InputError if options or pictures are not those it had."""
-    path = folder / "last.pt"
+    InputError if the file is damaged, or if options, pictures or processes are not those that it had. Only
+    the place of the data may differ, and the number of epochs, which may grow.
+    """
+    path = folder and folder / "last.pt"
+    if path is None or not path.exists():
+        return Run(options | {"precision": choose_precision(options["precision"], device)}, device, pictures)
     state = read_checkpoint(path, device)
     stored = state["options"]
-    if options["epochs"] > stored["epochs"]:
-        stored = stored | {"epochs": options["epochs"]}
-    refuse_changes(options, stored, ("data",), path)
+    free = ("data", "epochs") if options["epochs"] > stored["epochs"] else ("data",)
+    refuse_changes(options, stored, free, path)
     choose_precision(stored["precision"], device)
-    run = Run(stored | {"data": options["data"]}, device, pictures)
+    run = Run(options | {"precision": stored["precision"]}, device, pictures)
     run.ema.load_state_dict(state["ema"].state_dict())
     try:
         for name, network in run.networks.items():
             network.load_state_dict(state[name])
             run.optimizers[name].load_state_dict(state["optimizers"][name])
             run.optimizers[name].param_groups[0]["fused"] = device.type != "mps"  # it may be another device's
-        for name in ("step", "epoch", "log", "film"):
+        for name in COUNTED:
             setattr(run, name, state[name])
         had = {"pictures": state["pictures"], "processes": state["processes"]}
     except (KeyError, ValueError, RuntimeError) as error:
@@ -402,9 +478,13 @@ def open_run(folder: Path, options: dict, device: torch.device, pictures: int) -
     if had["pictures"] != pictures:
         given = f"--data {options['data']} holds {pictures} pictures"
         raise InputError(f"{given}, the run in {folder} had {had['pictures']}: give the same pictures")
-    if run.epoch < stored["epochs"] and had["processes"] != world:
-        told = f"the run in {folder} had {had['processes']} processes"
-        raise InputError(f"{told}, now there are {world}: start it as before")
+    if run.epoch < options["epochs"] and had["processes"] != world:
+        before = f"the run in {folder} had {had['processes']} processes"
+        raise InputError(f"{before}, now there are {world}: start it as before")
+    if 0 < run.epoch < options["epochs"] > stored["epochs"]:
+        rate = learning_rate(options["lr"], run.epoch, options["epochs"])
+        low = "it had nearly reached 0" if run.epoch == stored["epochs"] else "it was lower"
+        data.say(f"{folder}: with more epochs, the learning rate is {rate:.2g} again; {low}")
     return run
 
 
@@ -419,28 +499,76 @@ def refuse_changes(options: dict, stored: dict, free: tuple, path: str | Path) -
             raise InputError(f"{given} contradicts {other} of {path}: leave it out, or start a new run")
 
 
+def save_run(folder: Path, run: Run) -> None:
+    """Write what must not be lost: last.pt, all that a resume needs, and generator.pt, to paint with.
+
+    Tensors and plain types only. There is no random state to keep: `draw_epoch` makes that of an epoch from
+    the seed and its number.
+    """
+    weights = {"kind": KIND, "options": run.options, "epoch": run.epoch, "ema": run.ema.state_dict()}
+    everything = weights | {"pictures": run.pictures, "processes": rank_and_world()[1]}
+    everything |= {name: getattr(run, name) for name in COUNTED}
+    everything |= {name: network.state_dict() for name, network in run.networks.items()}
+    everything["optimizers"] = {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}
+    for name, state in (("last.pt", everything), ("generator.pt", weights)):
+        with data.whole_file(folder / name) as stream:
+            torch.save(state, stream)
+
+
+def show_run(folder: Path, run: Run, validation: torch.Tensor) -> None:
+    """Write what shows the run: grid.png, results.json, log.csv, curves.png and at the end training.gif.
+
+    A file that cannot be written is a warning: the weights are safe already.
+    """
+    image = data.to_float(validation[:8], run.device)
+    damaged = data.damage(image, run.mask)
+    output = run_ema(run.ema, damaged, run.mask, run.options)
+    restored = data.paste(output, image, run.mask)
+    faces = [("damaged", damaged), ("output", output), ("restored", restored), ("original", image)]
+    keep_in_film(run, restored[:3])
+    contents = {"grid.png": data.png(data.grid(faces)), "results.json": data.to_json(describe(run))}
+    if run.log:
+        contents["log.csv"] = data.to_csv(run.log)
+        contents["curves.png"] = data.png(draw_curves(run))
+    if run.epoch == run.options["epochs"]:
+        pictures = [data.grid([(f"epoch {epoch:04d}", faces)]) for epoch, faces in run.film.items()]
+        contents["training.gif"] = data.gif(pictures)
+    for name, content in contents.items():
+        try:
+            data.save(folder / name, content)
+        except OSError as error:
+            again = "the next epoch, or --resume, tries again"
+            data.say(f"warning: {folder / name} cannot be written ({error.strerror}): {again}")
+
+
+def keep_in_film(run: Run, faces: torch.Tensor) -> None:
+    """Add three restored faces (3, 3, res, res) to the film, in which at most 60 epochs stand, evenly."""
+    step = math.ceil(run.options["epochs"] / 60)
+    small = F.interpolate(faces, min(128, run.options["res"]), mode="area")
+    past = {epoch: then for epoch, then in run.film.items() if epoch < run.epoch and epoch % step == 0}
+    run.film = past | {run.epoch: small.mul(255).round().to(torch.uint8).cpu()}
+
+
 def describe(run: Run) -> dict:
     """results.json: the metrics of the last epoch, every option, versions, device, parameter counts."""
-    on_gpu = run.device.type == "cuda"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {"numpy": np.__version__, "pillow": PIL.__version__}
     measured = {name: run.log[-1][name] for name in ("epoch", *METRICS, "pictures")} if run.log else {}
+    if run.told is not None:
+        measured["told"] = run.told
     return measured | {
         "options": run.options,
         "versions": versions,
-        "device": torch.cuda.get_device_name() if on_gpu else f"{run.device.type} {platform.machine()}",
+        "device": device_name(run.device),
         "processes": rank_and_world()[1],
         "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in run.networks.items()},
     }
 
 
-def paint_faces(run: Run, validation: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """The rows of grid.png: eight fixed validation faces damaged, painted, restored and as they were."""
-    image = data.to_float(validation[:8], run.device)
-    damaged = data.damage(image, run.mask)
-    output = run_ema(run.ema, damaged, run.mask, run.options)
-    restored = data.paste(output, image, run.mask)
-    return [("damaged", damaged), ("output", output), ("restored", restored), ("original", image)]
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the kind of processor."""
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_name() if on_gpu else f"{device.type} {platform.machine()}"
 
 
 def draw_curves(run: Run) -> PIL.Image.Image:
@@ -457,62 +585,14 @@ def draw_curves(run: Run) -> PIL.Image.Image:
     return data.beside(charts)
 
 
-def show_run(folder: Path, run: Run, faces: list) -> None:
-    """Write what shows the run. A file that cannot be written is a warning: the weights are safe already."""
-    contents = {"results.json": data.to_json(describe(run)), "grid.png": data.png(data.grid(faces))}
-    if run.log:
-        contents["log.csv"] = data.to_csv(run.log)
-        contents["curves.png"] = data.png(draw_curves(run))
-    if run.epoch == run.options["epochs"]:
-        frames = [data.grid([(f"epoch {epoch:04d}", frame)]) for epoch, frame in enumerate(run.film)]
-        contents["training.gif"] = data.gif(frames)
-    for name, content in contents.items():
-        try:
-            data.save(folder / name, content)
-        except OSError as error:
-            again = "the next epoch, or --resume, tries again"
-            data.say(f"warning: {folder / name} cannot be written ({error.strerror}): {again}")
-
-
-def save_run(folder: Path, run: Run, validation: torch.Tensor) -> None:
-    """Write the run as it is after an epoch: first what must not be lost, then what shows it.
-
-    generator.pt holds weights and options, last.pt all that a resume needs; tensors and plain types only.
-    There is no random state to keep: `draw_epoch` makes that of an epoch from the seed and its number.
-    """
-    faces = paint_faces(run, validation)
-    small = F.interpolate(dict(faces)["restored"][:3], min(128, run.options["res"]), mode="area")
-    run.film = run.film[: run.epoch] + [small.mul(255).round().to(torch.uint8).cpu()]
-    weights = {"kind": KIND, "options": run.options, "epoch": run.epoch, "ema": run.ema.state_dict()}
-    counters = {"step": run.step, "pictures": run.pictures, "processes": rank_and_world()[1]}
-    networks = {name: network.state_dict() for name, network in run.networks.items()}
-    optimizers = {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}
-    shown = {"log": run.log, "film": run.film}
-    everything = weights | counters | networks | {"optimizers": optimizers} | shown
-    for name, state in (("last.pt", everything), ("generator.pt", weights)):
-        with data.whole_file(folder / name) as stream:
-            torch.save(state, stream)
-    show_run(folder, run, faces)
-
-
-def finish_epoch(run: Run, folder: Path, row: dict, validation: torch.Tensor) -> None:
-    """Validate, save and tell, in the first process."""
-    painter = functools.partial(run_ema, run.ema, mask=run.mask, options=run.options)
-    row |= validate(painter, validation, run.mask)
-    run.log.append(row)
-    save_run(folder, run, validation)
-    logged = {name: row[name] for name in (*run.loss_weights, "D(real)", "D(fake)") if name in row}
-    speed = f"{row['seconds']:.0f} s so far  {row['images_per_second']:.0f} images/s"
-    psnrs = f"psnr_hole {row['psnr_hole']:.2f}  psnr_output {row['psnr_output']:.2f}"
-    data.say(f"epoch {run.epoch}/{run.options['epochs']}  {speed}  {in_words(logged, 1)}  {psnrs}", "stdout")
-
-
 def train(run: Run, folder: Path, training: torch.Tensor, validation: torch.Tensor) -> None:
     """Train a run to its last epoch, from where it stands."""
     rank, world = rank_and_world()
+    painter = functools.partial(run_ema, run.ema, mask=run.mask, options=run.options)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        save_run(folder, run, validation)  # so that even the first epoch can be resumed
+        save_run(folder, run)  # so that even the first epoch can be resumed
+        show_run(folder, run, validation)
     training = data.to_gpu_if_it_fits(training, run.device)
     if world > 1:
         share_gradients(run)
@@ -524,10 +604,23 @@ def train(run: Run, folder: Path, training: torch.Tensor, validation: torch.Tens
         run.epoch += 1
         if rank == 0:
             past = run.log[-1]["seconds"] if run.log else 0
-            row = {"epoch": run.epoch, "step": run.step, "seconds": past + seconds}
-            finish_epoch(run, folder, row | report, validation)
+            row = {"epoch": run.epoch, "step": run.step, "seconds": past + seconds} | report
+            run.log.append(row | validate(painter, validation, run.mask))
+            run.told = tell(painter, validation, run.mask) if run.epoch == run.options["epochs"] else None
+            save_run(folder, run)
+            show_run(folder, run, validation)
+            say_epoch(run)
         if world > 1:
             dist.barrier()
+
+
+def say_epoch(run: Run) -> None:
+    """A line on the screen for the epoch that has ended."""
+    row = run.log[-1]
+    logged = {name: row[name] for name in (*run.loss_weights, "D(real)", "D(fake)") if name in row}
+    speed = f"{row['seconds']:.0f} s so far  {row['images_per_second']:.0f} images/s"
+    psnrs = f"psnr_hole {row['psnr_hole']:.2f}  psnr_output {row['psnr_output']:.2f}"
+    data.say(f"epoch {run.epoch}/{run.options['epochs']}  {speed}  {in_words(logged, 1)}  {psnrs}", "stdout")
 
 
 def new_folder(out: str | None, options: dict) -> Path:
@@ -549,19 +642,16 @@ def new_folder(out: str | None, options: dict) -> Path:
 
 
 def train_command(options: dict, resume: str | None, out: str | None, device: torch.device) -> None:
-    """Train a new run, or go on with the one in the folder of --resume."""
+    """Train a new run, or go on with the one in the folder `resume`."""
     rank, world = rank_and_world()
     training, validation = load_data(options, least=2 * world)
-    pictures = len(training) + len(validation)
-    if resume:
-        folder = Path(resume)
-        run = open_run(folder, options, device, pictures)
-    else:
-        run = new_run(options, device, pictures)
+    folder = Path(resume) if resume else None
+    run = begin(folder, options, device, len(training) + len(validation))
+    if not resume:  # only now, so that a run that cannot begin leaves no folder
         with first_process_first():
             folder = new_folder(out, options) if rank == 0 else None
     counts = f"{len(training)} pictures to train on, {len(validation)} to validate"
-    where = f"{describe(run)['device']}, {run.options['precision']}, processes: {world}"
+    where = f"{device_name(device)}, {run.options['precision']}, processes: {world}"
     data.say(f"{folder}: {counts}, on {where}", "stdout")
     try:
         train(run, folder, training, validation)
@@ -636,85 +726,75 @@ def evaluate(state: dict, options: dict, device: torch.device) -> None:
     mask = data.center_hole(options["res"], options["hole"]).to(device)
     _, validation = load_data(options, least=0)
     painter = functools.partial(run_ema, state["ema"], mask=mask, options=options)
-    result = validate(painter, validation, mask)
+    result = validate(painter, validation, mask) | {"told": tell(painter, validation, mask)}
     print(data.to_json(result).decode(), end="", flush=True)  # not say: what is asked for must not get lost
 
 
 # --- Comparing: table 1 and figure 4 --------------------------------------------------------------
 
-PAPER_GAN = {"model": "gan", "loss": "adversarial", "fake": "output", "augment": "none", "norm": "batch"}
-PAPER_GAN |= {"batch": 64}
+UNET = {"model": "unet", "loss": "l1", "act": "relu"}
+PAPER_GAN = {"model": "gan", "loss": "adversarial", "judge": "output", "augment": "none"}
+PAPER_GAN |= {"batch": 64, "lr": 2e-4}
+PLAIN_GAN = PAPER_GAN | {"loss": "adversarial+30*known", "judge": "restored", "batch": 8}
 ROWS = [  # name, what to train, the PSNR that the paper prints
-    ("U-Net", {"model": "unet", "loss": "l1", "act": "relu"}, "6.178"),
-    ("U-Net", {"model": "unet", "loss": "l1", "act": "swish"}, "6.093"),
-    ("U-Net", {"model": "unet", "loss": "l1+dssim", "act": "relu"}, "6.178"),
-    ("U-Net", {"model": "unet", "loss": "l1+dssim", "act": "swish"}, "6.065"),
+    ("U-Net", UNET, "6.178"),
+    ("U-Net", UNET | {"act": "swish"}, "6.093"),
+    ("U-Net", UNET | {"loss": "l1+dssim"}, "6.178"),
+    ("U-Net", UNET | {"loss": "l1+dssim", "act": "swish"}, "6.065"),
     ("the paper's GAN", PAPER_GAN | {"act": "relu"}, "6.153"),
     ("the paper's GAN", PAPER_GAN | {"act": "swish"}, "6.069"),
-    ("GAN", {"model": "gan", "act": "relu"}, ""),
-    ("GAN", {"model": "gan", "act": "swish"}, ""),
-    ("GAN + L1", {"model": "gan", "loss": "30*l1+adversarial", "act": "relu"}, ""),
+    ("GAN", PLAIN_GAN | {"act": "relu"}, ""),
+    ("GAN", PLAIN_GAN | {"act": "swish"}, ""),
+    ("our GAN", {"model": "gan", "act": "relu"}, ""),
     ("the GAN's U-Net alone", {"model": "gan", "loss": "l1", "act": "relu"}, ""),
-    ("U-Net, 1 deeper", {"model": "unet", "loss": "l1", "act": "relu", "depth": 6}, ""),
+    ("U-Net, 1 deeper", UNET | {"depth": 6}, ""),
 ]
-DECIDED = ("model", "loss", "act", "fake", "augment", "norm", "depth", "hole_weight")  # by the rows
+DECIDED = {name for _, row, _ in ROWS for name in row}
 DIGITS = {"parameters": 0, "minutes": 1} | dict.fromkeys(METRICS, 2)
-DIGITS |= dict.fromkeys(("ssim_restored", "specks", "swd_hole"), 4)
+DIGITS |= dict.fromkeys(("ssim_restored", "speckled", "swd_hole"), 4) | {"told": 3}
 
 
-def compare(argv: list[str], out: Path, seeds: int, device: torch.device) -> None:
+def compare(given: dict, out: Path, seeds: int, device: torch.device) -> None:
     """Train the rows that are not finished; write table.md, table.csv, tradeoff.png and comparison.png."""
-    rows = []
-    for name, row, paper in ROWS:
-        defaults = preset(row["model"], row.get("loss"), "--wild" in argv) | {"res": 64, "epochs": 10} | row
-        rows.append((name, complete_options(argv, defaults), paper))
+    rows = [(name, recipe({"res": 64, "epochs": 10} | given | row), paper) for name, row, paper in ROWS]
     first = rows[0][1]  # what all rows have in common
     training, validation = load_data(first, least=2 * rank_and_world()[1])
     mask = data.center_hole(first["res"], first["hole"]).to(device)
     image = data.to_float(validation[:6], device)
     damaged = data.damage(image, mask)
-    known = [("original", image), ("damaged", damaged)]
+    faces = [("original", image), ("damaged", damaged)]
     table = {}
     for seed in range(first["seed"], first["seed"] + seeds):
         for name, options, paper in rows:
             words = (name, options["loss"], options["act"])
             folder = out / re.sub(r"[^\w.+]+", "-", f"{' '.join(words)} seed {seed}")
-            run = finish_row(folder, options | {"seed": seed}, training, validation, device)
+            run = begin(folder, options | {"seed": seed}, device, len(training) + len(validation))
+            if run.epoch < run.options["epochs"]:
+                train(run, folder, training, validation)
             if rank_and_world()[0] > 0:
                 continue  # the first process alone has a log
-            faces = data.paste(run_ema(run.ema, damaged, mask, run.options), image, mask)
-            row = table.setdefault(words, {"words": words, "paper": paper, "faces": faces, "runs": []})
+            restored = data.paste(run_ema(run.ema, damaged, mask, run.options), image, mask)
+            row = table.setdefault(words, {"words": words, "paper": paper, "faces": restored, "runs": []})
             parameters = sum(weight.numel() for weight in run.networks["generator"].parameters())
-            minutes = run.log[-1]["seconds"] / 60
-            row["runs"].append(run.log[-1] | {"parameters": parameters, "minutes": minutes})
+            more = {"parameters": parameters, "minutes": run.log[-1]["seconds"] / 60, "told": run.told}
+            row["runs"].append(run.log[-1] | more)
             data.say(table_line(table_cells(row)), "stdout")
-            write_table(out, list(table.values()), "", known)
+            write_table(out, list(table.values()), faces)
     if rank_and_world()[0] == 0:
         below = baselines(training, validation, mask)
-        write_table(out, [*table.values(), *below], two_halves(validation, mask), known)
+        write_table(out, [*table.values(), *below], faces)
         data.say(f"{out}/table.md, {out}/tradeoff.png and {out}/comparison.png are written", "stdout")
-
-
-def finish_row(folder: Path, options: dict, training, validation, device: torch.device) -> Run:
-    """Train a row to its end, from where its folder has it. A finished one is only read."""
-    pictures = len(training) + len(validation)
-    if (folder / "last.pt").exists():
-        run = open_run(folder, options, device, pictures)
-    else:
-        run = new_run(options, device, pictures)
-    if run.epoch < run.options["epochs"]:
-        train(run, folder, training, validation)
-    return run
 
 
 def baselines(training: torch.Tensor, validation: torch.Tensor, mask: torch.Tensor) -> list[dict]:
     """Rows of the table for the methods without training."""
     image = data.to_float(validation[:6], mask.device)
+    training = data.to_gpu_if_it_fits(training, mask.device)  # the nearest face is looked for many times
     rows = []
     for name, painter in models.without_training(training, mask).items():
         data.progress(f"measuring: {name}")
         began = time.time()
-        result = validate(painter, validation, mask)
+        result = validate(painter, validation, mask) | {"told": tell(painter, validation, mask)}
         result |= {"parameters": 0, "minutes": (time.time() - began) / 60}
         faces = data.paste(painter(data.damage(image, mask)), image, mask)
         rows.append({"words": (name, "", ""), "paper": "", "faces": faces, "runs": [result]})
@@ -725,9 +805,9 @@ def table_cells(row: dict) -> dict[str, str]:
     """A row of the table as text: mean, and ± standard deviation if there are several runs."""
     cells = dict(zip(("network", "loss", "activation"), row["words"]))
     for name, digits in DIGITS.items():
-        values = [run[name] for run in row["runs"]]
-        cells[name] = f"{statistics.mean(values):,.{digits}f}"
-        if len(values) > 1 and name in METRICS:
+        values = [run[name] for run in row["runs"] if run[name] is not None]
+        cells[name] = f"{statistics.mean(values):,.{digits}f}" if values else ""
+        if len(values) > 1 and name in (*METRICS, "told"):
             cells[name] += f" ± {statistics.stdev(values):.{digits}f}"
     return cells | {"paper": row["paper"]}
 
@@ -737,19 +817,11 @@ def table_line(cells: dict[str, str]) -> str:
     return f"| {' | '.join(cells.values())} |"
 
 
-def two_halves(validation: torch.Tensor, mask: torch.Tensor) -> str:
-    """A sentence with the swd_hole of originals against other originals, as many as validate looks at."""
-    count = min(8 * part_size(validation), len(validation) // 2)
-    one, other = data.to_float(validation[:count]), data.to_float(validation[-count:])
-    floor = losses.swd(one, other, mask.cpu()) if count else math.nan
-    return f"Two halves of the originals have a swd_hole of {floor:.4f}."
-
-
-def write_table(out: Path, table: list[dict], floor: str, faces: list) -> None:
+def write_table(out: Path, table: list[dict], faces: list) -> None:
     """table.md, table.csv, tradeoff.png and comparison.png, from the rows that are there."""
     cells = [table_cells(row) for row in table]
     head = [table_line({name: name for name in cells[0]}), table_line(dict.fromkeys(cells[0], "---"))]
-    data.save(out / "table.md", "\n".join([*head, *map(table_line, cells), "", floor, ""]).encode())
+    data.save(out / "table.md", "\n".join([*head, *map(table_line, cells), ""]).encode())
     data.save(out / "table.csv", data.to_csv(cells))
     across_and_up = ("psnr_hole", "swd_hole")
     points = {}
@@ -767,19 +839,19 @@ def write_table(out: Path, table: list[dict], floor: str, faces: list) -> None:
 # --- Restoring your own photo ---------------------------------------------------------------------
 
 
-def restore_photos(args: argparse.Namespace, state: dict, options: dict) -> None:
+def restore_photos(given: dict, state: dict, options: dict) -> None:
     """All photos of --restore and in its folders. One that fails does not stop the others, and is named."""
-    out = Path(args.out or "restored")
+    out = Path(given.get("out", "restored"))
     out.mkdir(parents=True, exist_ok=True)
     files, failed, done = [], [], 0
-    for path in map(Path, args.restore):
+    for path in map(Path, given["restore"]):
         try:
             files += photos_in(path) if path.is_dir() else [path]
         except InputError as error:
             failed.append(str(error))
     for file in files:
         try:
-            restore_photo(state["ema"], options, file, args.mask, out)
+            restore_photo(state["ema"], options, file, given.get("mask"), out)
             done += 1
         except (InputError, OSError) as error:
             failed.append(str(error))
@@ -927,18 +999,18 @@ def join(painted: torch.Tensor, photo: torch.Tensor, mask: torch.Tensor) -> torc
 
 # --- The command ----------------------------------------------------------------------------------
 
-JOBS = ("resume", "evaluate", "restore", "compare", "checkpoint", "mask", "seeds", "device", "out")
-
-
 def parser() -> argparse.ArgumentParser:
-    """The command line. What is None here gets its value from the presets, or from the run at hand."""
-    presets = [f"  --model {name}: {COMMON | preset}" for name, preset in PRESETS.items()]
-    presets.append(f"  a gan with a distance in its loss: {WITH_DISTANCE}, with --wild: {WITH_WILD}")
+    """The command line. It says only what was given; the other values are those of the recipe or the run."""
+    cards = []
+    for model, card in RECIPES.items():
+        values = " ".join(f"{flag(name)} {value}" for name, value in card.items())
+        cards.append(f"  --model {model}: {values}")
     p = argparse.ArgumentParser(
         "inpaint.py",
         description=__doc__,
-        epilog="\n".join(["the values of options that are not given:", *presets]),
+        epilog="\n".join(["the recipes, which stand for options that are not given:", *cards]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     p.error = refuse  # argparse would print the usage first
@@ -953,29 +1025,29 @@ def parser() -> argparse.ArgumentParser:
     add("--mask", help="with --restore: a picture of the photo's shape, white where it is missing")
     add("--seeds", type=int, metavar="K", help="with --compare: train each row K times (1)")
     add = p.add_argument_group("what to train").add_argument
-    add("--model", choices=PRESETS, help="the paper's network (unet), with the values below")
-    add("--act", choices=models.ACTIVATIONS, help="activation function")
+    add("--model", choices=RECIPES, help="the paper's network (unet), by its recipe below")
+    add("--act", choices=models.ACTIVATIONS, help="activation function (relu)")
     add("--loss", metavar="TERMS", help=f"a sum of {', '.join(losses.TERMS)}, as in 30*l1+adversarial")
-    add("--hole-weight", type=float, metavar="X", help="l1 and mse count the hole X times (paper: 1)")
-    add("--fake", choices=["restored", "output"], help="what the discriminator judges (paper: output)")
-    add("--augment", choices=models.AUGMENTS, help="how what it judges is changed (paper: none)")
-    add("--norm", choices=models.NORMS, help="of the discriminator (paper: batch)")
+    add("--hole-weight", type=float, metavar="X", help="l1 and mse count the hole X times (10; paper: 1)")
+    add("--judge", choices=["middle", "restored", "output"], help="what the discriminator sees: the middle "
+        "half of the restored picture, all of it, or the whole output (middle; paper: output)")  # fmt: skip
+    add("--augment", choices=["color+shift", "none"], help="how it is changed (color+shift; paper: none)")
     add("--depth", type=int, metavar="N", help="levels of the U-Net: one more sees further")
     add("--width", type=int, metavar="N", help="channels of the first level, the discriminator's too")
     add("--limit", type=int, metavar="N", help="channels double from level to level, up to N x width")
     add = p.add_argument_group("data").add_argument
-    add("--data", default="synthetic", metavar="PATH", help="a folder or .zip of pictures (drawn faces)")
+    add("--data", metavar="PATH", help="a folder or .zip of pictures (drawn faces)")
     add("--res", type=int, choices=[32, 64, 128, 256, 512], help="side of the pictures in pixels")
-    add("--hole", type=float, default=0.3, metavar="F", help="side of the hole, as a share of --res (0.3)")
+    add("--hole", type=float, metavar="F", help="side of the hole, as a share of --res (0.3)")
     add("--wild", action="store_true", help="for photos that are not cut like the training pictures")
-    add("--val", type=float, default=0.2, metavar="F", help="share of the pictures that validates (0.2)")
+    add("--val", type=float, metavar="F", help="share of the pictures that validates (0.2)")
     add = p.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=12, metavar="N", help="times through the pictures (12; 10 to compare)")
-    add("--batch", type=int, default=8, metavar="N", help="pictures a step, for each process (8)")
+    add("--epochs", type=int, metavar="N", help="times through the pictures (12; 10 to compare)")
+    add("--batch", type=int, metavar="N", help="pictures a step, for each process (8)")
     add("--lr", type=float, metavar="X", help="highest learning rate of the generator")
-    add("--seed", type=int, default=0, metavar="N", help="of all random choices (0)")
-    add("--precision", choices=["auto", "bfloat16", "float32"], default="auto", help="of the networks")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: a GPU, if any")
+    add("--seed", type=int, metavar="N", help="of all random choices (0)")
+    add("--precision", choices=["auto", "bfloat16", "float32"], help="of the networks (auto: the faster)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="where it runs (auto: a GPU, if any)")
     add("--out", metavar="DIR", help="folder for what is written (runs/..., runs/compare or restored)")
     return p
 
@@ -985,44 +1057,38 @@ def refuse(message: str):
     raise InputError(f"{message}; --help lists all options")
 
 
-def preset(model: str, loss: str | None, wild: bool) -> dict:
-    """The options that --model, --loss and --wild set."""
-    options = {"model": model} | COMMON | PRESETS[model]
-    if model == "gan" and any(distance in (loss or "") for distance in losses.DISTANCES):
-        options |= WITH_DISTANCE
-        options |= WITH_WILD if wild else {}
-    return options
-
-
-def complete_options(argv: list[str], defaults: dict) -> dict:
-    """Every option that decides what is trained: those given, then the defaults. InputError for bad ones."""
-    p = parser()
-    p.set_defaults(**defaults)
-    options = {name: value for name, value in vars(p.parse_args(argv)).items() if name not in JOBS}
-    options["loss"] = options["loss"].replace(" ", "")
-    if options["data"] != "synthetic":
-        options["data"] = os.path.abspath(options["data"])  # so that the run can go on from anywhere
+def recipe(given: dict) -> dict:
+    """All options of a new run: those given, else those of its --model. InputError if they do not fit."""
+    model = given.get("model", "unet")
+    options = {"model": model} | DEFAULTS | RECIPES[model] | given
     check_options(options)
+    loss, judge, hole = options["loss"], options["judge"], options["hole"]
+    if "adversarial" not in losses.parse_loss(loss):
+        return options
+    if model == "unet":
+        raise InputError(f"--loss {loss} needs a discriminator, which --model unet has not: add --model gan")
+    if judge == "middle" and hole > 0.4:
+        raise InputError(f"--hole {hole} leaves too little around it in the middle half: add --judge restored")
     return options
 
 
-def check_jobs(args: argparse.Namespace) -> None:
+def check_jobs(given: dict) -> None:
     """InputError for an option that the job does not use, and for --restore without its network."""
-    for name, value in vars(args).items():
+    for name, value in given.items():
         if value == "" or (isinstance(value, list) and "" in value):
             raise InputError(f"{flag(name)} is empty: give a value, or leave it out")
-    if args.out and (args.resume or args.evaluate):
+    if "out" in given and ("resume" in given or "evaluate" in given):
         raise InputError("--out does nothing with --resume and --evaluate: leave it out")
     for name, job in (("mask", "restore"), ("checkpoint", "restore"), ("seeds", "compare")):
-        if getattr(args, name) is not None and not getattr(args, job):
+        if name in given and job not in given:
             raise InputError(f"--{name} does nothing without --{job}: leave it out, or add --{job}")
-    for name in DECIDED:
-        if args.compare and getattr(args, name) is not None:
+    for name in given:
+        if "compare" in given and name in DECIDED:
             raise InputError(f"{flag(name)} does nothing with --compare, whose rows decide it: leave it out")
-    if args.restore and not args.checkpoint:
+    if "restore" in given and "checkpoint" not in given:
         raise InputError("--restore needs --checkpoint: the generator.pt of a run folder")
-    if args.seeds is not None and args.seeds < 1:
-        raise InputError(f"--seeds {args.seeds} will not do: it takes 1 or more")
+    if given.get("seeds", 1) < 1:
+        raise InputError(f"--seeds {given['seeds']} will not do: it takes 1 or more")
 
 
 def choose_device(name: str) -> torch.device:
@@ -1067,40 +1133,45 @@ def choose_precision(wanted: str, device: torch.device) -> str:
 
 def run_job(argv: list[str]) -> None:
     """Check what was asked for, then do it."""
-    args = parser().parse_args(argv)
-    check_jobs(args)
-    device = choose_device(args.device)
-    if args.compare:
-        compare(argv, Path(args.out or "runs/compare"), args.seeds or 1, device)
-    elif args.resume:
-        stored = read_checkpoint(Path(args.resume) / "last.pt")["options"]
-        train_command(complete_options(argv, stored), args.resume, None, device)
-    elif args.evaluate or args.restore:
-        use_checkpoint(argv, args, device)
+    given = vars(parser().parse_args(argv))
+    check_jobs(given)
+    device = choose_device(given.get("device", "auto"))
+    out = given.get("out")
+    options = {name: value for name, value in given.items() if name in TRAINING}  # of those given
+    if "loss" in options:
+        options["loss"] = options["loss"].replace(" ", "")
+    if options.get("data", "synthetic") != "synthetic":
+        options["data"] = os.path.abspath(options["data"])  # so that the run can go on from anywhere
+    if "compare" in given:
+        compare(options, Path(out or "runs/compare"), given.get("seeds", 1), device)
+    elif "resume" in given:
+        stored = read_checkpoint(Path(given["resume"]) / "last.pt")["options"]
+        train_command(stored | options, given["resume"], None, device)
+    elif "evaluate" in given or "restore" in given:
+        use_checkpoint(given, options, device)
     else:
-        options = complete_options(argv, preset(args.model or "unet", args.loss, args.wild))
-        train_command(options, None, args.out, device)
+        train_command(recipe(options), None, out, device)
 
 
-def use_checkpoint(argv: list[str], args: argparse.Namespace, device: torch.device) -> None:
+def use_checkpoint(given: dict, changed: dict, device: torch.device) -> None:
     """Evaluate a network or restore photos with it, in one process: more would do the same."""
     rank, _ = rank_and_world()
     leave_processes()
     if rank > 0:
         return
-    path = args.evaluate or args.checkpoint
+    path = given.get("evaluate") or given["checkpoint"]
     state = read_checkpoint(path, device)
-    stored = state["options"]
-    if args.restore:
-        stored = stored | {"precision": "auto"}  # what this device is fast at
-    free = ("res", "hole", "data", "val", "precision") if args.evaluate else ("precision",)
-    options = complete_options(argv, stored)
-    refuse_changes(options, stored, free, path)
+    if "restore" in given:
+        state["options"]["precision"] = "auto"  # what this device is fast at
+    free = ("res", "hole", "data", "val", "precision") if "evaluate" in given else ("precision",)
+    options = state["options"] | changed
+    refuse_changes(options, state["options"], free, path)
+    check_options(options)
     options["precision"] = choose_precision(options["precision"], device)
-    if args.evaluate:
+    if "evaluate" in given:
         evaluate(state, options, device)
     else:
-        restore_photos(args, state, options)
+        restore_photos(given, state, options)
 
 
 def main(argv: list[str] | None = None) -> None:

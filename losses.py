@@ -79,7 +79,7 @@ def ssim(x: torch.Tensor, y: torch.Tensor, data_range: float = 1.0) -> torch.Ten
     Why it is fast: the Gaussian window is a product of one along the rows and one along the columns, and
     sliding a window along an axis is a product with a banded matrix, so `blur` is two matrix products. The
     formula needs vx + vy but neither alone, so four blurred maps are enough. Why it is exact: E[x^2] -
-    E[x]^2 loses its digits where x is bright and even. Variances do not change when a constant is
+    E[x]^2 loses its digits where x is bright and uniform. Variances do not change when a constant is
     subtracted, so we subtract each picture's mean first. It is float32 under autocast too; float64 stays.
     """
     if x.shape != y.shape or x.dim() != 4:
@@ -135,18 +135,28 @@ def generator_loss(fake_logit: torch.Tensor) -> torch.Tensor:
     return F.softplus(-fake_logit).mean()
 
 
+def feature_loss(fake_features: list[torch.Tensor], real_features: list[torch.Tensor]) -> torch.Tensor:
+    """sum over levels of mean |feature of the fake - feature of the original| -> ().
+
+    Both are lists of (B, C, H, W) from models.Discriminator, one for each level. L1 asks for the same
+    pixels, the discriminator for something real; this asks for the same things that the discriminator has
+    learned to look at. (Salimans et al. 2016; Wang et al. 2018, pix2pixHD)
+    """
+    pairs = zip(fake_features, real_features, strict=True)
+    return sum((fake.float() - real.float()).abs().mean() for fake, real in pairs)
+
+
 # --- The grammar of --loss ------------------------------------------------------------------------
 
-DISTANCES = ("l1", "mse", "dssim")  # these see the hole; `known` is L1 outside the hole alone
-TERMS = (*DISTANCES, "known", "adversarial")
+TERMS = ("l1", "mse", "dssim", "known", "adversarial", "features")  # `known` is L1 outside the hole alone
 
 
 def parse_loss(text: str) -> dict[str, float]:
     """'mse+dssim' or '30*l1+adversarial' -> {term: weight}.
 
     With no weight anywhere each of n terms counts 1/n, so 'mse+dssim' is (MSE + DSSIM) / 2, the paper's;
-    with a weight anywhere, bare terms count 1. ValueError for an unknown or doubled term or a weight that
-    is not above 0.
+    with a weight anywhere, bare terms count 1. ValueError for an unknown or doubled term, a weight that is
+    not above 0, or features without adversarial.
     """
     weights: dict[str, float] = {}
     parts = [part.strip() for part in text.split("+")]
@@ -165,6 +175,8 @@ def parse_loss(text: str) -> dict[str, float]:
             weights[term] = math.nan
         if not 0 < weights[term] < math.inf:
             raise ValueError(f"weight {weight!r} of {term} must be above 0, as in 30*l1+adversarial")
+    if "features" in weights and "adversarial" not in weights:
+        raise ValueError("features are the discriminator's: add adversarial, which brings one")
     return weights
 
 
@@ -230,7 +242,7 @@ def specks(picture: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (far.any(1, keepdim=True) * mask).sum((1, 2, 3))
 
 
-PER_PICTURE = ("psnr_output", "psnr_restored", "psnr_hole", "ssim_restored", "specks")
+PER_PICTURE = ("psnr_output", "psnr_restored", "psnr_hole", "ssim_restored", "speckled")
 
 
 def measure(
@@ -240,7 +252,7 @@ def measure(
 
     psnr_output: the whole output, which the paper's table meant to show. psnr_restored: the known pixels
     are the original's, so it is psnr_hole + 10 log10(1 / area of the hole). psnr_hole: inside the hole
-    only. specks: 1 for a picture with five specks or more, so that the mean is the share of such pictures.
+    only. speckled: 1 for a picture with five specks or more, so that the mean is the share of such pictures.
     """
     psnrs = psnr(output, image), psnr(restored, image), psnr(output, image, mask)
     speckled = (specks(restored, mask) >= 5).float()
@@ -276,19 +288,3 @@ def swd(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor, size: int = 7, cou
         return (directions.T @ scaled.flatten(1).T).sort(1)[0]
 
     return (projections(x) - projections(y)).abs().mean().item()
-
-
-def sharpness(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> float:
-    """The mean gradient in the hole of pictures x over that of the originals y: less than 1 is blurred.
-
-    The gradient is |x[i, j + 1] - x[i, j]| and |x[i + 1, j] - x[i, j]|, both pixels being in the hole.
-    """
-    (top, left), (bottom, right) = mask[0, 0].nonzero().aminmax(dim=0)
-    hole = (..., slice(top, bottom + 1), slice(left, right + 1))
-    inside = mask[hole]
-
-    def gradient(images):
-        down = (images[hole].diff(dim=2).abs() * inside[..., 1:, :] * inside[..., :-1, :]).sum()
-        return down + (images[hole].diff(dim=3).abs() * inside[..., 1:] * inside[..., :-1]).sum()
-
-    return (gradient(x) / gradient(y).clamp(min=1e-6)).item()

@@ -114,79 +114,81 @@ class UNet(nn.Module):
 # --- The discriminator, and what it sees ----------------------------------------------------------
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm with 8 channels in a group, or fewer if 8 does not divide them."""
-    return nn.GroupNorm(channels // math.gcd(channels, 8), channels)
-
-
-NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}
-
-
 class Discriminator(nn.Module):
-    """DCGAN's discriminator (section 2.3, [4]). At 64 px and width 24:
+    """DCGAN's discriminator (section 2.3, [4]). For pictures of 32 px and width 24:
 
-        (B, 3, 64, 64) ─▶ (B, 24, 32, 32) ─▶ (B, 48, 16, 16) ─▶ (B, 96, 8, 8) ─▶ (B, 192, 4, 4) ─▶ (B,)
+        (B, 3, 32, 32) ─▶ (B, 24, 16, 16) ─▶ (B, 48, 8, 8) ─▶ (B, 96, 4, 4) ─▶ (B,)
 
-    log2(res) - 2 convolutions 4 x 4 with stride 2, norm (not at the first) and leaky ReLU 0.2, then one
-    over the remaining 4 x 4. It sees a whole picture and nothing else: it is not told where the hole is,
-    nor what was in it. sigmoid(logit) = D(picture) is how real it looks.
-
-    DCGAN's norm is batch norm, which compares the pictures of a batch: one with too much grain can pay for
-    seven with too little. Group norm (Wu and He 2018) judges each picture alone, 8 channels a group.
+    log2(side) - 2 convolutions 4 x 4 with stride 2, batch norm (not at the first) and leaky ReLU 0.2, then
+    one over the remaining 4 x 4. It sees a picture and nothing else: it is not told where the hole is, nor
+    what was in it. sigmoid(logit) = D(picture) is how real it looks.
     """
 
-    def __init__(self, res: int, width: int, norm: str = "batch"):
+    def __init__(self, side: int, width: int):
         super().__init__()
-        levels = channels(int(math.log2(res)) - 2, width, limit=16)
-        layers = []
+        levels = channels(int(math.log2(side)) - 2, width, limit=16)
+        self.down = nn.ModuleList()
         for level, (fan_in, out) in enumerate(zip([3] + levels, levels)):
-            layers.append(nn.Conv2d(fan_in, out, 4, stride=2, padding=1, bias=level == 0))
+            layers = [nn.Conv2d(fan_in, out, 4, stride=2, padding=1, bias=level == 0)]
             if level > 0:
-                layers.append(NORMS[norm](out))
-            layers.append(nn.LeakyReLU(0.2))
-        self.judge = nn.Sequential(*layers, nn.Conv2d(levels[-1], 1, 4))
+                layers.append(nn.BatchNorm2d(out))
+            self.down.append(nn.Sequential(*layers, nn.LeakyReLU(0.2)))
+        self.judge = nn.Conv2d(levels[-1], 1, 4)
 
-    def forward(self, picture: torch.Tensor) -> torch.Tensor:
-        """(B, 3, res, res) in [0, 1], stretched to DCGAN's -1 ... 1 -> logits, float32 (B,)."""
-        return self.judge(picture * 2 - 1).flatten().float()
+    def forward(self, picture: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(B, 3, side, side) in [0, 1] -> logits, float32 (B,), and its features: what each level found."""
+        x = picture * 2 - 1  # DCGAN's pictures run from -1 to 1
+        features = []
+        for down in self.down:
+            x = down(x)  # level k: (B, width * 2^k, side / 2^(k + 1), side / 2^(k + 1))
+            features.append(x)
+        return self.judge(x).flatten().float(), features
 
 
-# What `augment` does: (colour, far).
-AUGMENTS = {"none": (0.0, 0.0), "jitter": (0.0, 0.0125), "color": (1.0, 0.0), "color+shift": (1.0, 0.125)}
+def middle(picture: torch.Tensor) -> torch.Tensor:
+    """The central square of half the side: (B, C, H, W) -> (B, C, H / 2, W / 2).
+
+    It holds the hole and about as much around it. A discriminator that sees no more than this gives all its
+    attention to the hole.
+    """
+    height, width = picture.shape[2:]
+    return picture[..., height // 4 : height - height // 4, width // 4 : width - width // 4]
 
 
-def augment(picture: torch.Tensor, chance: torch.Tensor, kind: str) -> torch.Tensor:
+def augment(picture: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
     """A picture as the discriminator sees it: changed at random, anew at each look (Zhao et al. 2020).
 
-        mean + b + c (grey - mean + s (x - grey)), then moved by far res u4 rows and far res u5 columns
-        brightness b = colour u1 / 2, saturation s = 1 + colour u2, contrast c = 1 + colour u3 / 2
+        mean + b + c (grey - mean + s (x - grey)), then moved by u4 and u5 eighths of the side
+        brightness b = u1 / 2, saturation s = 1 + u2, contrast c = 1 + u3 / 2
 
-    picture x (B, 3, res, res) in [0, 1] -> the same shape, perhaps outside [0, 1]; black comes in from
-    outside. grey is the mean of a pixel's three colours, mean that of the picture. The u are even from -1
-    to 1, made of chance (B, 5) in [0, 1), on the CPU; AUGMENTS has colour and far. Real and fake are changed
-    alike, so the game stays fair, but no picture comes twice: none can be learnt by heart. The gradient
-    flows through.
+    picture x (B, 3, H, H) in [0, 1] -> the same shape, perhaps outside [0, 1]; black comes in from outside.
+    grey is the mean of a pixel's three colours, mean that of the picture. u1 to u5 are uniform from -1 to 1,
+    made of look (B, 5), uniform in [0, 1). Real and fake pictures are changed in the same ways, so the game
+    stays fair, but no picture comes twice: none can be learnt by heart. The gradient flows through.
     """
-    colour, far = AUGMENTS[kind]
-    u = 2 * chance - 1
-    if colour:
-        u1, u2, u3 = u[:, :3, None, None, None].to(picture.device).unbind(1)
-        brightness = colour * u1 / 2
-        saturation = 1 + colour * u2
-        contrast = 1 + colour * u3 / 2
-        grey = picture.mean(1, keepdim=True)
-        mean = grey.mean((2, 3), keepdim=True)
-        # Multiplied out, so that only two operations are as large as the picture.
-        rest = contrast * (1 - saturation) * grey + (1 - contrast) * mean + brightness
-        picture = contrast * saturation * picture + rest
-    if far:
-        res = picture.shape[-1]
-        margin = math.ceil(far * res)
-        corners = (margin + (far * res * u[:, 3:]).round()).int().tolist()
-        padded = F.pad(picture, (margin, margin, margin, margin))
-        windows = [p[:, top : top + res, left : left + res] for p, (top, left) in zip(padded, corners)]
-        picture = torch.stack(windows)
-    return picture
+    u = 2 * look - 1
+    u1, u2, u3 = u[:, :3, None, None, None].unbind(1)
+    brightness = u1 / 2
+    saturation = 1 + u2
+    contrast = 1 + u3 / 2
+    grey = picture.mean(1, keepdim=True)
+    mean = grey.mean((2, 3), keepdim=True)
+    # Multiplied out, so that only two operations are as large as the picture.
+    rest = contrast * (1 - saturation) * grey + (1 - contrast) * mean + brightness
+    picture = contrast * saturation * picture + rest
+    side = picture.shape[-1]
+    down, right = (u[:, 3:] * (side // 8)).round().unbind(1)
+    return move(down, side) @ picture @ move(right, side).mT
+
+
+def move(offset: torch.Tensor, side: int) -> torch.Tensor:
+    """Matrices (B, 1, side, side) that move what they multiply by whole rows: row i becomes row i + offset.
+
+    Each row holds a single 1, or none if i + offset is outside. offset (B,), on any device: a slice would
+    need it as a number of Python's, and so would wait for the device.
+    """
+    line = torch.arange(side, device=offset.device)
+    return (line == line[:, None] + offset[:, None, None]).float()[:, None]
 
 
 def dcgan_init(network: nn.Module) -> None:
