@@ -259,31 +259,35 @@ def measure(
     return torch.stack([*psnrs, ssim(restored, image), speckled])
 
 
-def swd(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor, size: int = 7, count: int = 16384) -> float:
+PATCHES = 16384  # so many of each set are compared by `swd`
+
+
+def swd(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> float:
     """The sliced Wasserstein distance between patches of pictures x and of originals y, (N, 3, H, W) each.
 
         SWD = mean over directions d and ranks r of |sorted <patches of x, d>[r] - sorted <those of y, d>[r]|
 
-    `count` patches of 7 x 7 pixels that touch the hole, mask (1, 1, H, W), are drawn at the same places
+    PATCHES patches of 7 x 7 pixels that touch the hole, mask (1, 1, H, W), are drawn at the same places
     from both sets, and each channel is scaled by the mean and deviation of the original patches. 256 random
     directions of length 1 project them; sorting makes it a distance between distributions, not between
     pairs: PSNR asks whether the right face was painted, this asks whether faces like these exist. 0 for the
     same set; places and directions come from a fixed seed. (Rabin et al. 2011; Karras et al. 2018 use it
     for images.)
     """
+    size = 7
     seed = torch.Generator().manual_seed(0)
     touches = F.max_pool2d(mask, size, 1)[0, 0].cpu()  # 1 at the corner of each patch that touches the hole
     rows, columns = touches.nonzero().T
-    drawn = torch.randint(len(x) * len(rows), (count,), generator=seed)
+    drawn = torch.randint(len(x) * len(rows), (PATCHES,), generator=seed)
     picture, place = drawn % len(x), drawn // len(x)
     directions = F.normalize(torch.randn(3 * size * size, 256, generator=seed), dim=0).to(x.device)
 
-    def patches(images):  # (count, 3, 7, 7)
+    def patches(images):  # (PATCHES, 3, 7, 7)
         return images.unfold(2, size, 1).unfold(3, size, 1)[picture, :, rows[place], columns[place]]
 
     deviation, mean = torch.std_mean(patches(y), (0, 2, 3), keepdim=True)
 
-    def projections(images):  # (256, count), each row in order
+    def projections(images):  # (256, PATCHES), each row in order
         scaled = (patches(images) - mean) / deviation.clamp(min=1e-6)
         return (directions.T @ scaled.flatten(1).T).sort(1)[0]
 

@@ -47,12 +47,19 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 no_windows = pytest.mark.skipif(os.name == "nt", reason="not on Windows")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def small_numbers():
+    """Few drawn faces and few patches, so that many small runs are quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SYNTHETIC", 40)
+        patch.setattr(losses, "PATCHES", 512)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """Each test has a working directory of its own and a small built-in data set."""
+    """Each test has a working directory of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "SYNTHETIC", 40)
-    monkeypatch.setattr(losses.swd, "__defaults__", (7, 512))  # fewer patches: many small runs
     return tmp_path
 
 
@@ -65,12 +72,9 @@ def faces():
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """The folder of a finished small run of a U-Net."""
-    folder = tmp_path_factory.mktemp("tiny")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "SYNTHETIC", 40)
-        patch.setattr(losses.swd, "__defaults__", (7, 512))
-        inpaint.main(["--epochs", "2", "--out", str(folder / "run"), *TINY])
-    return folder / "run"
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    inpaint.main(["--epochs", "2", "--out", str(folder), *TINY])
+    return folder
 
 
 def command(*argv):
@@ -909,7 +913,9 @@ def smooth(x, sigma):  # a Gaussian blur
 
 
 def test_swd_is_the_definition_patch_by_patch(faces):
-    other, seed, count = smooth(faces.flip(0), 1), torch.Generator().manual_seed(0), 700
+    other = smooth(faces.flip(0), 1)
+    seed = torch.Generator().manual_seed(0)
+    count = losses.PATCHES
     corners = [(i, j) for i in range(58) for j in range(58) if HOLE[0, 0, i : i + 7, j : j + 7].any()]
     places = torch.randint(24 * len(corners), (count,), generator=seed).tolist()
     directions = torch.randn(147, 256, generator=seed).double().numpy()
@@ -920,20 +926,23 @@ def test_swd_is_the_definition_patch_by_patch(faces):
         ours[k], theirs[k] = (x[picture, :, i : i + 7, j : j + 7].numpy() for x in (other, faces))
     mean, deviation = theirs.mean((0, 2, 3), keepdims=True), theirs.std((0, 2, 3), ddof=1, keepdims=True)
     a, b = (np.sort(((x - mean) / deviation).reshape(count, -1) @ directions, axis=0) for x in (ours, theirs))
-    assert losses.swd(other, faces, HOLE, count=count) == pytest.approx(np.abs(a - b).mean(), abs=1e-5)
+    assert losses.swd(other, faces, HOLE) == pytest.approx(np.abs(a - b).mean(), abs=1e-5)
 
 
 def test_swd_is_0_for_the_same_set_and_neither_uses_nor_moves_the_random_numbers_of_a_run(faces):
-    before, first = torch.get_rng_state(), losses.swd(smooth(faces, 1), faces, HOLE, count=500)
-    assert torch.equal(torch.get_rng_state(), before) and losses.swd(faces, faces, HOLE, count=500) == 0
+    before = torch.get_rng_state()
+    first = losses.swd(smooth(faces, 1), faces, HOLE)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert losses.swd(faces, faces, HOLE) == 0
     torch.manual_seed(123)
-    assert losses.swd(smooth(faces, 1), faces, HOLE, count=500) == first > 0
+    assert losses.swd(smooth(faces, 1), faces, HOLE) == first > 0
 
 
-def test_swd_prefers_other_faces_to_blurred_ones_where_psnr_does_not():
+def test_swd_prefers_other_faces_to_blurred_ones_where_psnr_does_not(monkeypatch):
+    monkeypatch.setattr(losses, "PATCHES", 3000)
     drawn, mask = data.synthetic_faces(600, 32, 5).float() / 255, data.center_hole(32, 0.3)
     real, blurred = drawn[:300], smooth(drawn[300:], 2)
-    apart = [losses.swd(x, drawn[300:], mask, count=3000) for x in (real, blurred)]
+    apart = [losses.swd(x, drawn[300:], mask) for x in (real, blurred)]
     assert 0 < apart[0] < 0.5 * apart[1]
     assert losses.psnr(real, drawn[300:]).mean() < losses.psnr(blurred, drawn[300:]).mean()
 
@@ -944,7 +953,7 @@ def test_swd_sees_the_hole_and_6_pixels_around_it(away, seen, faces):
     near = data.box_mask(torch.tensor([[low, low, high, high]]), 64)
     other, odd = smooth(faces, 1), torch.rand_like(faces)
     for pair in ((data.paste(other, odd, near), faces), (other, data.paste(faces, odd, near))):
-        assert (losses.swd(*pair, HOLE, count=1000) != losses.swd(other, faces, HOLE, count=1000)) == seen
+        assert (losses.swd(*pair, HOLE) != losses.swd(other, faces, HOLE)) == seen
 
 
 def test_sharpness_is_2_for_twice_the_contrast_counts_both_directions_and_sees_only_the_hole(faces):
@@ -1877,8 +1886,8 @@ def test_of_ten_photos_one_fails_and_is_named_and_nine_are_restored(kind, tiny_r
 
 def started(line, *argv):
     """The program, started by a line of sh in which "$@" stands for it, with 40 drawn faces."""
-    code = f"import sys; sys.path[:0] = {[str(HERE)]}; import data, inpaint; data.SYNTHETIC = 40; "
-    code += "inpaint.losses.swd.__defaults__ = (7, 512); inpaint.main()"
+    code = f"import sys; sys.path[:0] = {[str(HERE)]}; import data, inpaint, losses; "
+    code += "data.SYNTHETIC = 40; losses.PATCHES = 512; inpaint.main()"
     words = ["sh", "-c", line, "sh", sys.executable, "-c", code, *map(str, argv)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
