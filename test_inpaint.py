@@ -30,7 +30,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageDraw
+from PIL import Image, ImageCms, ImageDraw, ImageSequence
 
 import data
 import inpaint
@@ -536,6 +536,12 @@ def test_pictures_beside_each_other_have_one_height_and_their_titles(faces):
     assert pixels[:28].min() < 128
 
 
+def test_a_film_shows_five_frames_a_second_and_the_last_one_for_two_seconds():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    film = Image.open(io.BytesIO(data.gif(frames)))
+    assert [frame.info["duration"] for frame in ImageSequence.Iterator(film)] == [200, 200, 2000]
+
+
 @pytest.mark.parametrize("middle", [1.0, 0.0, 2.0])
 def test_the_names_in_a_chart_neither_overlap_nor_leave_it(middle, monkeypatch):
     boxes, write = {}, ImageDraw.ImageDraw.text
@@ -897,7 +903,7 @@ def test_specks_are_counted_in_the_hole_alone_and_smooth_or_grey_pictures_have_n
     assert losses.specks(grey, HOLE).tolist() == [0, 0]
     assert losses.specks(faces, HOLE).max() < 5, "drawn ones have a few in their irises"
     planted = ramp.repeat(4, 1, 1, 1)
-    planted[0, 0, 30, 30] += 0.2  # one, of red
+    planted[0, 0, 30, 30] += 0.09  # one, of red, just enough
     planted[1, 2, 24:40:4, 24:40:4] += 0.2  # sixteen, of blue
     planted[2, 2, 24, 24] += 0.07  # too little
     planted[3, 1, 10, 10] += 0.5  # a known pixel
@@ -1044,6 +1050,11 @@ def test_the_discriminator_is_shown_originals_and_fakes_each_changed_anew(fake, 
     for k, (seen, picture) in enumerate(zip(shown, (image, fakes, fakes), strict=True)):
         assert torch.equal(seen, models.augment(picture, chance[:, k], augment))
     assert [z.requires_grad for z in shown] == [False, False, True], "its own step moves no generator"
+
+
+def test_both_networks_are_trained_by_adam_with_the_betas_of_dcgan():
+    betas = [optimizer.param_groups[0]["betas"] for optimizer in fresh("gan").optimizers.values()]
+    assert betas == [(0.5, 0.999)] * 2
 
 
 def test_the_adversarial_loss_moves_the_generator_and_not_the_discriminator_that_judges(monkeypatch):
@@ -1195,6 +1206,16 @@ def test_validation_is_the_mean_over_pictures_and_the_same_bits_twice(faces):
     assert first["sharpness"] == 0 < first["swd_hole"], "a hole of one colour is not sharp"
 
 
+def test_realism_is_measured_on_the_first_eight_parts_of_the_validation_set(faces):
+    pixels = (faces[:9] * 255).byte().repeat_interleave(8, 2).repeat_interleave(8, 3)
+    mask = data.center_hole(512, 0.3)  # at 512 px, a part is one picture
+    found = inpaint.validate(lambda damaged: damaged.roll(150, 3), pixels, mask)
+    image = pixels[:8].float() / 255
+    restored = data.paste(data.damage(image, mask).roll(150, 3), image, mask)
+    assert found["swd_hole"] == pytest.approx(losses.swd(restored, image, mask), rel=1e-6)
+    assert found["sharpness"] == pytest.approx(losses.sharpness(restored, image, mask), rel=1e-6)
+
+
 def test_what_is_painted_does_not_depend_on_the_other_pictures_of_a_batch():
     (image, mask, _), network, exact = small_batch(), fresh().ema, {"precision": "float32"}
     for weight in network.parameters():
@@ -1224,6 +1245,28 @@ def test_a_run_folder_holds_all_that_is_promised(tiny_run):
     assert found["versions"]["torch"] == torch.__version__
     with Image.open(tiny_run / "training.gif") as film:
         assert film.n_frames == 3, "the start and two epochs"
+
+
+@pytest.fixture
+def charts(monkeypatch):
+    """All charts that are drawn: a list of (words below, curves)."""
+    drawn, draw = [], data.chart
+    monkeypatch.setattr(data, "chart", lambda *given: drawn.append(given[:2]) or draw(*given))
+    return drawn
+
+
+def test_curves_png_shows_the_loss_and_two_metrics_each_below_its_title(tiny_run, charts, monkeypatch):
+    titles, beside = [], data.beside
+    monkeypatch.setattr(data, "beside", lambda pictures: titles.extend(pictures) or beside(pictures))
+    shutil.copytree(tiny_run, "run")
+    assert command("--resume", "run", "--device", "cpu") == 0
+    log = read_csv("run/log.csv")
+    panels = {"loss": "l1", "PSNR in the hole (dB)": "psnr_hole"}
+    panels["PSNR of the whole output (dB)"] = "psnr_output"
+    assert titles == list(panels)
+    for (below, curves), name in zip(charts, panels.values(), strict=True):
+        assert below == "epoch"
+        assert curves == {name: [(int(row["epoch"]), float(row[name])) for row in log]}
 
 
 def test_a_running_run_can_be_read_before_its_first_epoch_ends(monkeypatch):
@@ -1589,6 +1632,18 @@ def test_compare_trains_each_row_k_times_and_gives_mean_and_deviation(monkeypatc
     expected = f"{np.mean(runs):.2f} ± {np.std(runs, ddof=1):.2f}"
     assert len(runs) == 2
     assert read_csv("runs/compare/table.csv")[0]["psnr_hole"] == expected
+
+
+def test_tradeoff_png_has_psnr_hole_across_and_swd_hole_up_for_what_was_trained(charts, monkeypatch):
+    monkeypatch.setattr(inpaint, "ROWS", inpaint.ROWS[:1])
+    assert command(*COMPARE) == 0
+    below, points = charts[-1]
+    row = read_csv("runs/compare/table.csv")[0]
+    ((across, up),) = points.pop("U-Net, l1, relu")
+    assert across == pytest.approx(float(row["psnr_hole"]), abs=0.006)
+    assert up == pytest.approx(float(row["swd_hole"]), abs=0.00006)
+    assert not points
+    assert re.match("across: psnr_hole .*; up: swd_hole", below)
 
 
 # === inpaint.py: restoring your own photo =========================================================
