@@ -191,6 +191,25 @@ def test_batches_hold_the_pictures_in_the_given_order_mirrored_where_asked(faces
     assert torch.equal(torch.cat(parts), expected)
 
 
+def test_on_a_macs_gpu_tensors_are_contiguous_and_only_cuda_copies_without_waiting(faces, monkeypatch):
+    assert data.memory_format(torch.device("mps")) == torch.contiguous_format
+    assert data.memory_format(torch.device("cuda")) == torch.channels_last
+    copies, real = [], torch.Tensor.to
+
+    def noted(tensor, *given, **named):
+        copies.append(named)
+        return real(tensor, *given, **named)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        monkeypatch.setattr(data, "memory_format", lambda device, layout=layout: layout)
+        order, flip = torch.arange(8), torch.zeros(8, dtype=torch.bool)
+        (image,) = data.batches((faces[:8] * 255).byte(), 8, order, flip, CPU)
+        assert image.is_contiguous(memory_format=layout)
+    assert copies
+    assert not any(named.get("non_blocking") for named in copies)
+
+
 def test_framing_keeps_three_tenths_and_zooms_turns_and_moves_the_others():
     line = (torch.arange(64) + 0.5) / 32 - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
