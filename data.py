@@ -15,6 +15,7 @@ import collections
 import contextlib
 import csv
 import errno
+import functools
 import glob
 import hashlib
 import io
@@ -174,7 +175,7 @@ def open_photo(content: bytes, shortest: int | None = None, behind: str = "white
 
     What is transparent is laid on the colour `behind`. With `shortest`, a JPEG that is at least twice as
     large is decoded at 1/2, 1/4 or 1/8 of its size: its 8 x 8 blocks of frequencies can be read as 4 x 4,
-    which saves most of the work. InputError if it is no picture.
+    which saves most of the work. InputError if it is no picture, or if its range is unknown.
     """
     try:
         picture = Image.open(io.BytesIO(content))
@@ -190,16 +191,31 @@ def open_photo(content: bytes, shortest: int | None = None, behind: str = "white
 
 
 def to_rgb(picture: Image.Image, behind: str) -> Image.Image:
-    """Any mode -> 8-bit RGB. 16-bit grey is divided by 257, where Pillow would clip it."""
-    if picture.mode.startswith("I"):
-        grey = (np.asarray(picture) / 257).round().clip(0, 255)
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    """Any mode -> 8-bit RGB. InputError for 32 bits."""
+    if picture.mode.startswith(("I", "F")):
+        return Image.fromarray(deep_grey(picture)).convert("RGB")
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     ground = Image.new("RGBA", picture.size, behind)
     flat = Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
     flat.info["icc_profile"] = picture.info.get("icc_profile")  # what its colours mean on a screen
     return flat
+
+
+def deep_grey(picture: Image.Image) -> np.ndarray:
+    """16-bit grey -> uint8 (H, W), divided by 257, where Pillow would clip it.
+
+    InputError for 32 bits, because no file says which number is white: 1, 255, 65535 or another.
+    """
+    is_16_bit = picture.mode.startswith("I;16")
+    if picture.mode == "I":  # 32 bits, but for the 16 of these formats, which Pillow puts there too
+        is_16_bit = picture.format in ("PNG", "PPM")
+    if not is_16_bit:
+        raise InputError(f"its range is unknown (mode {picture.mode}): save it with 8 or 16 bits")
+    values = np.asarray(picture)
+    if values.max() < 65536 / 8:
+        say_once("a 16-bit picture is nearly black: it looks like 10 or 12 bits, but 16 are assumed")
+    return (values / 257).round().astype(np.uint8)
 
 
 def central_square(picture: Image.Image, res: int) -> Image.Image:
@@ -754,6 +770,12 @@ def say(line: str, screen: str = "stderr") -> None:
     """A line on stderr or stdout, after the progress line is wiped away."""
     progress(None)
     write(line + "\n", screen)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """The same line only once in a run of the program."""
+    say(line)
 
 
 def progress(line: str | None) -> None:

@@ -256,6 +256,28 @@ def test_every_kind_of_colour_becomes_rgb_and_16_bits_are_divided_and_not_clippe
     assert mode == "1" or abs(pixels[:, :, 18:22].mean() - 127) < 12, "the middle of the ramp must stay grey"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_32_bits_are_refused_because_their_range_is_unknown(dtype):
+    content = encoded(Image.fromarray(np.ones((40, 40), dtype)), "TIFF")
+    with pytest.raises(InputError, match=r"its range is unknown \(mode [FI]\): save it with 8 or 16 bits"):
+        data.open_photo(content)
+
+
+def test_16_bits_are_known_where_pillow_names_them_32():
+    values = np.full((40, 40), 65535, ">u2")
+    assert data.open_photo(b"P5 40 40 65535\n" + values.tobytes()).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("brightest, told", [(8191, 1), (8192, 0)])
+def test_16_bits_that_look_like_12_are_told_once(brightest, told, capsys):
+    data.say_once.cache_clear()
+    content = encoded(Image.fromarray(np.full((40, 40), brightest, "uint16")))
+    for _ in range(2):
+        assert data.open_photo(content).getpixel((0, 0)) == (32, 32, 32)
+    line = "a 16-bit picture is nearly black: it looks like 10 or 12 bits, but 16 are assumed\n"
+    assert capsys.readouterr().err == line * told
+
+
 def test_what_is_no_picture_is_told_in_the_same_words_each_time():
     with pytest.raises(InputError, match=r"^not a picture that can be read \([\w ]+\)$"):
         data.open_photo(b"no picture")
