@@ -266,8 +266,9 @@ def to_picture(image: torch.Tensor) -> Image.Image:
 
 # --- A data set: a folder or zip becomes one tensor -----------------------------------------------
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SKIPPED = ("__MACOSX", "runs", "restored", "cache")  # macOS adds the first to a zip, this program the others
+PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LITTER = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # what macOS adds to a zip, a NAS and Windows to a folder
+OURS = {"runs", "restored", "cache"}  # what this program adds
 
 
 def load_images(path: str | Path, res: int, cache: str | Path = "cache") -> torch.Tensor:
@@ -315,29 +316,46 @@ def checksum(value) -> str:
 def find_pictures(path: Path) -> list[tuple]:
     """(name, file or entry of the zip) of every picture in a folder or zip, sorted by name.
 
-    Folders are searched to the bottom, linked ones too. Hidden files and folders and those in SKIPPED do
-    not count. Files of other kinds are counted and told. InputError if there is no picture.
+    Folders are searched to the bottom, linked ones too. What is left out is told. InputError if there is no
+    picture.
     """
     try:
-        found = folder_files(path) if path.is_dir() else zip_entries(path)
+        files = folder_files(path) if path.is_dir() else zip_entries(path)
     except OSError as error:
         raise cannot_read(error.filename or path, error) from error
-    visible = [pair for pair in found if not any(map(is_hidden, Path(pair[0]).parts))]
-    pictures = [pair for pair in visible if pair[0].lower().endswith(PICTURES)]
-    others = [Path(name) for name, _ in visible if not name.lower().endswith(PICTURES)]
-    counts = collections.Counter(file.suffix.lower() or "no suffix" for file in others)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(5))
+    except Exception as error:  # the directory of a damaged zip can raise more than BadZipFile
+        advice = "it takes a folder or a whole .zip"
+        raise InputError(f"{path} is no zip, or is cut off ({error}): {advice}") from error
+    pictures, passed_over, kinds = sort_out(files)
+    if passed_over:
+        say(f"{path}: pictures in folders named runs, restored or cache are passed over ({passed_over})")
+    others = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
     if not pictures:
-        holds = f"; it holds {kinds}" if kinds else ""
+        holds = f"; it holds {others}" if kinds else ""
         raise InputError(f"{path} holds no picture ({' '.join(PICTURES)}){holds}")
     if kinds:
-        say(f"{path}: {len(others)} files of other kinds are skipped ({kinds})")
+        say(f"{path}: {kinds.total()} files of other kinds are skipped ({others})")
     return sorted(pictures, key=lambda pair: pair[0])
 
 
-def is_hidden(part: str) -> bool:
-    """Whether a file or folder of this name does not count."""
-    return part.startswith(".") or part in SKIPPED
+def sort_out(files: list[tuple]) -> tuple[list[tuple], int, collections.Counter]:
+    """(the pictures, how many more are in folders named as in OURS, how many files of each other kind).
+
+    Hidden files and folders and those in LITTER do not count.
+    """
+    pictures, passed_over, kinds = [], 0, collections.Counter()
+    for name, file in files:
+        parts = Path(name).parts
+        is_picture = name.lower().endswith(PICTURES)
+        if any(part.startswith(".") or part in LITTER for part in parts):
+            continue
+        if OURS.intersection(parts):
+            passed_over += is_picture
+        elif is_picture:
+            pictures.append((name, file))
+        else:
+            kinds[Path(name).suffix.lower() or "no suffix"] += 1
+    return pictures, passed_over, kinds
 
 
 def folder_files(path: Path) -> list[tuple]:
@@ -359,14 +377,8 @@ def folder_files(path: Path) -> list[tuple]:
 
 def zip_entries(path: Path) -> list[tuple]:
     """(name, entry) of every file in a zip. Two entries of one name are two files."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [(entry.filename, entry) for entry in archive.infolist() if not entry.is_dir()]
-    except OSError:
-        raise
-    except Exception as error:  # a damaged directory can raise more than BadZipFile
-        advice = "it takes a folder or a whole .zip"
-        raise InputError(f"{path} is no zip, or is cut off ({error}): {advice}") from error
+    with zipfile.ZipFile(path) as archive:
+        return [(entry.filename, entry) for entry in archive.infolist() if not entry.is_dir()]
 
 
 def stamp(name: str, entry: Path | zipfile.ZipInfo) -> tuple:

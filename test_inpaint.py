@@ -402,6 +402,20 @@ def test_every_picture_is_found_to_the_bottom_other_kinds_are_told_and_litter_is
     assert torch.equal(data.load_images(folder, 32), data.load_images(path, 32))
 
 
+def test_what_a_nas_and_windows_add_is_passed_over_in_silence_our_folders_with_a_word_and_jfif_counts(capsys):
+    write_photos("d", 1)
+    Path("d/000.jpg").rename("d/000.jfif")
+    for name in ("a/@eaDir/000.jpg", "$RECYCLE.BIN/1.png", "runs/log.csv", ".hidden/runs/2.png"):
+        Path("d", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("d", name).touch()
+    assert [name for name, _ in data.find_pictures(Path("d"))] == ["000.jfif"]
+    assert capsys.readouterr().err == ""
+    write_photos("d/a/restored", 3)
+    assert len(data.find_pictures(Path("d"))) == 1
+    told = "d: pictures in folders named runs, restored or cache are passed over (3)\n"
+    assert capsys.readouterr().err == told
+
+
 @no_windows
 def test_a_linked_folder_is_followed_and_a_link_back_is_not():
     write_photos("elsewhere/deep", 1)
@@ -2129,7 +2143,7 @@ REFUSED = {  # words: a part of the line
     "--evaluate good.pt --seed 9": "--seed 9 contradicts --seed 0", "--evaluate good.pt --hole 0.999": "wide",
     "--evaluate good.pt --data nowhere": "does not exist", "--evaluate good.pt --compare": "not allowed with",
     "--data nowhere": "nowhere does not exist", "--data empty": "holds no picture", "--data=": "is empty",
-    "--data text": "holds no picture (.jpg .jpeg .png .webp .bmp .gif .tif .tiff); it holds 1 .txt",
+    "--data text": "holds no picture (.jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff); it holds 1 .txt",
     "--data jpg": "1 of 1 pictures are broken, the first are a.jpg: not a picture",
     "--data file": "file is no zip", "--data cut.zip": "cut.zip is no zip, or is cut off",
     "--data good --val 0.01": "leaves 4 to train on and 0", "--data good --val 0.8": "leaves 1 to train",
