@@ -57,8 +57,8 @@ def center_box(res: int, fraction: float) -> torch.Tensor:
 def random_boxes(n: int, res: int, fraction: float, rng: torch.Generator) -> torch.Tensor:
     """Holes for --wild, all in the middle, where every photo's hole is shown (inpaint.view) -> (n, 4).
 
-    Half are the paper's square. The others keep one of its sides; the other side is drawn evenly from a
-    quarter of it to all of it.
+    Half are the paper's square. The others keep one of its sides; the other side is drawn uniformly
+    from a quarter of it to all of it.
     """
     side = round(res * fraction)
     long = torch.full((n, 1), side)
@@ -139,15 +139,15 @@ def batches(training: torch.Tensor, size: int, order: torch.Tensor, flip: torch.
 # --- Framing --------------------------------------------------------------------------------------
 
 
-def frame(image: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+def frame(image: torch.Tensor, framing: torch.Tensor) -> torch.Tensor:
     """Training pictures framed at random, as people frame their photos (section 4, "in-the-wild").
 
-    image (B, 3, res, res) -> the same shape; chance (B, 5) in [0, 1). Three tenths stay as they are. The
-    others are zoomed by 1 / 1.5 to 1.5 (evenly in the logarithm) and turned by up to 5 degrees, and their
-    middle is moved: across by up to 15 % of the side, and from 5 % up to 30 % down, as far as the mouth of
-    a face that is cut like CelebA's. Beyond the border, the picture is reflected.
+    image (B, 3, res, res) -> the same shape; framing (B, 5) holds uniform numbers in [0, 1). Three tenths
+    stay as they are. The others are zoomed by 1 / 1.5 to 1.5 (uniform in the logarithm) and turned by up to
+    5 degrees, and their middle is moved: across by up to 15 % of the side, and from 5 % up to 30 % down, as
+    far as the mouth of a face that is cut like CelebA's. Beyond the border, the picture is reflected.
     """
-    u1, u2, u3, u4, u5 = chance.unbind(1)
+    u1, u2, u3, u4, u5 = framing.unbind(1)
     zoom = 1.5 ** (2 * u2 - 1)
     angle = math.radians(5) * (2 * u3 - 1)
     across = 2 * 0.15 * (2 * u4 - 1)  # for affine_grid a picture is 2 wide
@@ -157,8 +157,8 @@ def frame(image: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
     moved = torch.stack([cosine, -sine, across, sine, cosine, down], 1).view(-1, 2, 3)
     as_it_is = torch.eye(2, 3, device=image.device)
     affine = torch.where(u1[:, None, None] < 0.3, as_it_is, moved)
-    places = F.affine_grid(affine, list(image.shape), align_corners=False)
-    return F.grid_sample(image, places, padding_mode="reflection", align_corners=False)
+    points = F.affine_grid(affine, list(image.shape), align_corners=False)
+    return F.grid_sample(image, points, padding_mode="reflection", align_corners=False)
 
 # The lesson ends here. What follows is plumbing: read it when you want to know how a picture comes in or
 # goes out.
@@ -280,32 +280,32 @@ def load_images(path: str | Path, res: int, cache: str | Path = "cache") -> torc
     and left out; InputError if more are, if one cannot be read, or if there is none.
     """
     path = Path(path)
-    found = find_pictures(path)
-    place = checksum(os.path.abspath(path))
+    pictures = find_pictures(path)
+    where = checksum(os.path.abspath(path))
     try:
-        content = checksum([stamp(*pair) for pair in found])
+        content = checksum([stamp(*pair) for pair in pictures])
     except OSError as error:
         raise cannot_read(error.filename or path, error) from error
-    file = Path(cache, f"{path.stem}-{place}-{res}-{content}.bytes")
-    pixels = read_cache(file, res, len(found))
+    file = Path(cache, f"{path.stem}-{where}-{res}-{content}.bytes")
+    pixels = read_cache(file, res, len(pictures))
     if pixels is not None:
-        if len(pixels) < len(found):
-            say(f"{path}: {len(found) - len(pixels)} of {len(found)} pictures are broken and left out")
+        if len(pixels) < len(pictures):
+            say(f"{path}: {len(pictures) - len(pixels)} of {len(pictures)} pictures are broken and left out")
         return pixels
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        for old in file.parent.glob(f"{glob.escape(path.stem)}-{place}-{res}-*.bytes"):
+        for old in file.parent.glob(f"{glob.escape(path.stem)}-{where}-{res}-*.bytes"):
             old.unlink()
         with whole_file(file) as stream:
-            for picture in decode_all(path, found, res):
+            for picture in decode_all(path, pictures, res):
                 stream.write(picture.tobytes())
-        pixels = read_cache(file, res, len(found))
+        pixels = read_cache(file, res, len(pictures))
         if pixels is None:
             raise OSError(errno.EIO, "it cannot be read back")
         return pixels
     except OSError as error:
         say(f"warning: no cache can be kept in {file.parent} ({error.strerror}): reading for this run only")
-        return torch.from_numpy(np.stack(list(decode_all(path, found, res))))
+        return torch.from_numpy(np.stack(list(decode_all(path, pictures, res))))
 
 
 def checksum(value) -> str:
@@ -366,12 +366,12 @@ def folder_files(path: Path) -> list[tuple]:
 
     files, entered = [], set()
     for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
-        place = os.path.realpath(folder)
-        if place in entered:  # a link that leads back
+        real_path = os.path.realpath(folder)
+        if real_path in entered:  # a link that leads back
             folders.clear()
         else:
             files += [Path(folder, name) for name in names]
-            entered.add(place)
+            entered.add(real_path)
     return [(file.relative_to(path).as_posix(), file) for file in files]
 
 
@@ -388,14 +388,15 @@ def stamp(name: str, entry: Path | zipfile.ZipInfo) -> tuple:
     return name, entry.stat().st_size, entry.stat().st_mtime_ns
 
 
-def decode_all(path: Path, found: list[tuple], res: int):
+def decode_all(path: Path, pictures: list[tuple], res: int):
     """Yield the pixels of every picture, uint8 (3, res, res); the broken ones are named at the end."""
     read = Path.read_bytes if path.is_dir() else zipfile.ZipFile(path).read
     broken = []
     began = time.time()
-    for done, (name, entry) in enumerate(found):
+    for done, (name, entry) in enumerate(pictures):
         speed = (done + 1) / (time.time() - began + 1e-9)
-        progress(f"reading {path.name}: {done}/{len(found)} pictures{time_left(len(found) - done, speed)}")
+        left = time_left(len(pictures) - done, speed)
+        progress(f"reading {path.name}: {done}/{len(pictures)} pictures{left}")
         try:
             picture = open_photo(read(entry), res)
         except OSError as error:  # it may be a good picture
@@ -405,8 +406,8 @@ def decode_all(path: Path, found: list[tuple], res: int):
         else:
             yield to_tensor(central_square(picture, res)).numpy()
     progress(None)
-    told = f"{path}: {len(broken)} of {len(found)} pictures are broken"
-    if len(broken) > 0.05 * len(found):
+    told = f"{path}: {len(broken)} of {len(pictures)} pictures are broken"
+    if len(broken) > 0.05 * len(pictures):
         raise InputError(f"{told}, the first are {'; '.join(broken[:5])}: mend or remove them")
     if broken:
         say("\n  ".join([f"{told} and left out:", *broken[:10]]))
@@ -445,26 +446,26 @@ def synthetic_faces(n: int, res: int, seed: int = 0) -> torch.Tensor:
     brows, eyes, nose, mouth, neck, shoulders and background vary in colour, shape, pose, light and
     expression. Much of what the hole hides follows from the rest, but not all.
     """
-    chance = torch.rand(n, 64, generator=torch.Generator().manual_seed(seed))
+    numbers = torch.rand(n, 64, generator=torch.Generator().manual_seed(seed))
     faces = torch.empty(n, 3, res, res, dtype=torch.uint8)
     fits = max(1, (1 << 18) // res**2)  # so many stay in the processor's cache
     for part in torch.arange(n).split(fits):
         progress(f"drawing faces: {int(part[0])}/{n}")
-        faces[part] = draw_faces(chance[part], res).mul_(255).round_().to(torch.uint8)
+        faces[part] = draw_faces(numbers[part], res).mul_(255).round_().to(torch.uint8)
     progress(None)
     return faces
 
 
-def draw_faces(chance: torch.Tensor, res: int) -> torch.Tensor:
-    """A face for each row of random numbers (B, 64) -> (B, 3, res, res) in [0, 1].
+def draw_faces(numbers: torch.Tensor, res: int) -> torch.Tensor:
+    """A face for each row of uniform numbers in [0, 1), (B, 64) -> (B, 3, res, res) in [0, 1].
 
     All lengths are in sides of the picture. First the person's traits are drawn at random. What lies in the
     hole depends on them, and on more random numbers.
     """
-    numbers = iter(chance[:, :, None, None].unbind(1))  # (B, 1, 1) each
+    columns = iter(numbers[:, :, None, None].unbind(1))  # (B, 1, 1) each
 
     def vary(low, high):  # in the order of the calls, which decides what the faces look like
-        return low + (high - low) * next(numbers)
+        return low + (high - low) * next(columns)
 
     p = SimpleNamespace()
     p.skin = palette(SKIN, vary(0, 1)) * vary(0.92, 1.06)[:, None]
@@ -481,7 +482,7 @@ def draw_faces(chance: torch.Tensor, res: int) -> torch.Tensor:
     p.cy = vary(0.475, 0.49)
     line = (torch.arange(res) + 0.5) / res
     plane = (line[:, None], line[None, :], 1 / res)  # y, x, the side of a pixel
-    canvas = torch.zeros(len(chance), 3, res, res)
+    canvas = torch.zeros(len(numbers), 3, res, res)
     for draw in (draw_back, draw_head, draw_eyes, draw_nose, draw_mouth):
         draw(canvas, plane, p, vary)
     return canvas.mul_(vary(0.85, 1.08)[:, None]).clamp_(0, 1)
@@ -490,9 +491,9 @@ def draw_faces(chance: torch.Tensor, res: int) -> torch.Tensor:
 def palette(colours: list, t: torch.Tensor) -> torch.Tensor:
     """t (B, 1, 1) in [0, 1) -> colours (B, 3, 1, 1), mixed between neighbours."""
     table = torch.tensor(colours)
-    place = t.view(-1) * (len(colours) - 1)
-    low = place.long()
-    return torch.lerp(table[low], table[low + 1], (place - low)[:, None])[:, :, None, None]
+    position = t.view(-1) * (len(colours) - 1)
+    low = position.long()
+    return torch.lerp(table[low], table[low + 1], (position - low)[:, None])[:, :, None, None]
 
 
 def ellipse(plane, cx, cy, rx, ry, soft=0.01):
@@ -647,11 +648,11 @@ def png(picture: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def gif(frames: list[Image.Image]) -> bytes:
-    """A film of the frames, five a second, the last one shown for two seconds, as the bytes of a GIF."""
+def gif(pictures: list[Image.Image]) -> bytes:
+    """A film of the pictures, five a second, the last one shown for two seconds, as the bytes of a GIF."""
     stream = io.BytesIO()
-    pause = [200] * (len(frames) - 1) + [2000]
-    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:], duration=pause, loop=0)
+    pause = [200] * (len(pictures) - 1) + [2000]
+    pictures[0].save(stream, "GIF", save_all=True, append_images=pictures[1:], duration=pause, loop=0)
     return stream.getvalue()
 
 
@@ -734,21 +735,21 @@ def chart(x_title: str, curves: dict[str, list[tuple]], width: int = 480, height
     x0, x1 = axis([x for curve in curves.values() for x, _ in curve])
     y0, y1 = axis([y for curve in curves.values() for _, y in curve])
 
-    def place(x, y):
+    def at(x, y):
         return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
 
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text(((left + right) / 2, height - 4), x_title, "#555555", font, "mb")
     for y in ticks(y0, y1):
-        pen.line((*place(x0, y), *place(x1, y)), "#dddddd")
-        pen.text((left - 6, place(x0, y)[1]), f"{y:.6g}", "#555555", font, "rm")
+        pen.line((*at(x0, y), *at(x1, y)), "#dddddd")
+        pen.text((left - 6, at(x0, y)[1]), f"{y:.6g}", "#555555", font, "rm")
     for x in ticks(x0, x1):
-        pen.text((place(x, y0)[0], bottom + 6), f"{x:.6g}", "#555555", font, "mt")
+        pen.text((at(x, y0)[0], bottom + 6), f"{x:.6g}", "#555555", font, "mt")
     lowest_name = -math.inf
     for k, (name, curve) in enumerate(sorted(curves.items(), key=lambda item: -item[1][-1][1])):
         colour = COLOURS[k % len(COLOURS)]
-        spots = [place(*point) for point in curve]
+        spots = [at(*point) for point in curve]
         pen.line(spots, colour, 2)
         for x, y in spots[:: max(1, len(spots) // 40)]:
             pen.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
@@ -775,7 +776,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 # --- The screen -----------------------------------------------------------------------------------
 
-shown = {"line": "", "time": time.time()}  # the progress line on the screen, and when it was written
+screen_line = {"text": "", "time": time.time()}  # the progress line, and when it was written
 
 
 def say(line: str, screen: str = "stderr") -> None:
@@ -794,16 +795,16 @@ def progress(line: str | None) -> None:
     """One line on stderr that is written over; None ends it. Without a terminal: a line each 10 seconds."""
     terminal = bool(sys.stderr) and sys.stderr.isatty()
     if line is None:
-        if terminal and shown["line"]:
-            write("\r" + " " * len(shown["line"]) + "\r")
-        shown["line"] = ""
-    elif time.time() - shown["time"] > (0.2 if terminal else 10):
+        if terminal and screen_line["text"]:
+            write("\r" + " " * len(screen_line["text"]) + "\r")
+        screen_line["text"] = ""
+    elif time.time() - screen_line["time"] > (0.2 if terminal else 10):
         if terminal:
             line = line[: shutil.get_terminal_size().columns - 1]
-            write(f"\r{line:<{len(shown['line'])}}")
+            write(f"\r{line:<{len(screen_line['text'])}}")
         else:
             write(line + "\n")
-        shown.update(line=line, time=time.time())
+        screen_line.update(text=line, time=time.time())
 
 
 def write(text: str, screen: str = "stderr") -> None:

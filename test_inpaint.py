@@ -219,20 +219,20 @@ def test_framing_keeps_three_tenths_and_zooms_turns_and_moves_the_others():
     inner = slice(24, 40)
 
     def seen(zoom, angle, across, down):
-        """What a chance does: the middle's place, and how far a step down goes down and to the right."""
+        """What a framing does: the middle's place, and how far a step down goes down and to the right."""
         framed = (data.frame(plane, torch.tensor([[0.31, zoom, angle, across, down]]))[0, :2] - 0.5) * 4
         step = framed[:, inner, inner].diff(dim=1).mean((1, 2)) * 32
         return [*framed[:, 31:33, 31:33].mean((1, 2)).tolist(), *step.tolist()]
 
     middle = (0.5, 0.5, 0.5, 1 / 7)
-    for chance, expected in (
+    for framing, expected in (
         (middle, (0, 0, 1, 0)),
         ((0, *middle[1:]), (0, 0, 1.5, 0)), ((1, *middle[1:]), (0, 0, 1 / 1.5, 0)),
         ((0.5, 0, 0.5, 1 / 7), (0, 0, math.cos(math.radians(5)), math.sin(math.radians(5)))),
         ((0.5, 0.5, 0, 1 / 7), (0, -0.3, 1, 0)), ((0.5, 0.5, 1, 1 / 7), (0, 0.3, 1, 0)),
         ((0.5, 0.5, 0.5, 0), (-0.1, 0, 1, 0)), ((0.5, 0.5, 0.5, 1), (0.6, 0, 1, 0)),
     ):  # fmt: skip
-        assert seen(*chance) == pytest.approx(expected, abs=0.01), chance
+        assert seen(*framing) == pytest.approx(expected, abs=0.01), framing
 
 
 # === data.py: one photograph ======================================================================
@@ -626,7 +626,7 @@ def test_the_progress_line_is_written_over_never_wraps_and_is_wiped_away(monkeyp
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("COLUMNS", "40")
     for i in range(99):
-        monkeypatch.setitem(data.shown, "time", 0.0)
+        monkeypatch.setitem(data.screen_line, "time", 0.0)
         data.progress(f"step {i} " + "long " * 20 * (i == 50))
     data.say("done")
     *lines, wiped, last = screen.getvalue().split("\r")[1:]
@@ -643,7 +643,7 @@ def test_the_progress_line_is_written_over_never_wraps_and_is_wiped_away(monkeyp
 def test_a_line_that_cannot_be_printed_ends_nothing(screen, error, monkeypatch):
     gone = SimpleNamespace(write=failing(error), flush=lambda: None, isatty=lambda: False)
     monkeypatch.setattr(sys, screen, gone)
-    monkeypatch.setitem(data.shown, "time", 0.0)
+    monkeypatch.setitem(data.screen_line, "time", 0.0)
     data.progress("soon")
     for _ in range(2):
         data.say("a line", screen)
