@@ -1,8 +1,14 @@
 """File 1 of 4, data.py: all that reads, damages or draws pictures (paper, section 2.1, figures 1 and 4).
 
-What you learn here: how a hole is cut; how to draw a face with nothing but ellipses; how batches are
-taken from one tensor of bytes; how a folder or zip of photographs becomes that tensor; how a file is
-written so that it is never half there.
+The lesson is the first three sections, about 130 lines. What you learn there:
+
+    The hole               how a picture is damaged, and how a restored one is put together
+    Split and batches      who is trained on and who is not; how batches are taken from one tensor of bytes
+    Framing                how a training picture is framed as people frame their photos
+
+The rest is plumbing, for when you ask how a file becomes pixels (One photograph), how many become one tensor
+(A data set), how a face is drawn with nothing but ellipses (Faces that are drawn), how a file is written so
+that it is never half there (Writing), or what is shown (Grids and charts, The screen).
 
     pixels  uint8 (N, 3, res, res)    on disk and in the data set, because a byte is enough
     image   float (B, 3, res, res)    in [0, 1], everywhere else
@@ -160,8 +166,8 @@ def frame(image: torch.Tensor, framing: torch.Tensor) -> torch.Tensor:
     points = F.affine_grid(affine, list(image.shape), align_corners=False)
     return F.grid_sample(image, points, padding_mode="reflection", align_corners=False)
 
-# The lesson ends here. What follows is plumbing: read it when you want to know how a picture comes in or
-# goes out.
+# The lesson ends here: read on in models.py. The rest is plumbing, needed when you ask how pictures come in,
+# go out and are shown.
 
 # --- One photograph: a file becomes pixels --------------------------------------------------------
 
@@ -207,10 +213,8 @@ def deep_grey(picture: Image.Image) -> np.ndarray:
 
     InputError for 32 bits, because no file says which number is white: 1, 255, 65535 or another.
     """
-    is_16_bit = picture.mode.startswith("I;16")
-    if picture.mode == "I":  # 32 bits, but for the 16 of these formats, which Pillow puts there too
-        is_16_bit = picture.format in ("PNG", "PPM")
-    if not is_16_bit:
+    is_16_bit = picture.mode == "I" and picture.format in ("PNG", "PPM")  # these hold no 32-bit integers
+    if picture.mode in ("I", "F") and not is_16_bit:
         raise InputError(f"its range is unknown (mode {picture.mode}): save it with 8 or 16 bits")
     values = np.asarray(picture)
     if values.max() < 65536 / 8:
@@ -324,8 +328,7 @@ def find_pictures(path: Path) -> list[tuple]:
     except OSError as error:
         raise cannot_read(error.filename or path, error) from error
     except Exception as error:  # the directory of a damaged zip can raise more than BadZipFile
-        advice = "it takes a folder or a whole .zip"
-        raise InputError(f"{path} is no zip, or is cut off ({error}): {advice}") from error
+        raise InputError(f"{path} is no zip, or is cut off ({error}): give a folder or whole .zip") from error
     pictures, passed_over, kinds = sort_out(files)
     if passed_over:
         say(f"{path}: pictures in folders named runs, restored or cache are passed over ({passed_over})")
@@ -553,18 +556,17 @@ def draw_eyes(canvas, plane, p, vary):
     gaze = 0.012 * vary(-1, 1) + 0.006 * p.turn
     for side in (-1, 1):
         ex = 0.5 + side * p.eye_dx + 0.008 * p.turn
-        ey = p.eye_y
-        socket = ellipse(plane, ex, ey, 0.072, 0.045, 0.04)
+        socket = ellipse(plane, ex, p.eye_y, 0.072, 0.045, 0.04)
         paint(canvas, socket, p.skin * 0.7, 0.55)
-        white = ellipse(plane, ex, ey, 0.052, opening)
+        white = ellipse(plane, ex, p.eye_y, 0.052, opening)
         paint(canvas, white, torch.full((1, 3, 1, 1), 0.92))
-        iris = ellipse(plane, ex + gaze, ey, 0.024, 0.024) * white
+        iris = ellipse(plane, ex + gaze, p.eye_y, 0.024, 0.024) * white
         paint(canvas, iris, p.iris)
-        pupil = ellipse(plane, ex + gaze, ey, 0.011, 0.011) * white
+        pupil = ellipse(plane, ex + gaze, p.eye_y, 0.011, 0.011) * white
         paint(canvas, pupil, p.iris * 0.1)
-        arch = ey - brow_y + 4.5 * (x - ex) ** 2 - side * 0.12 * (x - ex)  # the height of the brow at x
+        arch = p.eye_y - brow_y + 4.5 * (x - ex) ** 2 - side * 0.12 * (x - ex)  # the height of the brow at x
         line = ((thick - (y - arch).abs()) * 64 + 0.5).clamp(0, 1)
-        brow = ellipse(plane, ex, ey - brow_y, 0.066, 0.04, 0.02) * line
+        brow = ellipse(plane, ex, p.eye_y - brow_y, 0.066, 0.04, 0.02) * line
         paint(canvas, brow, p.hair * 0.65, 0.85)
 
 
@@ -702,8 +704,7 @@ def beside(sheets: dict[str, Image.Image], height: int = 300) -> Image.Image:
     scaled = {}
     for title, sheet in sheets.items():
         scale = min(512 / sheet.width, height / sheet.height)
-        size = [max(1, round(side * scale)) for side in sheet.size]
-        scaled[title] = sheet if scale == 1 else sheet.resize(size)
+        scaled[title] = sheet.resize([max(1, round(side * scale)) for side in sheet.size])
     widths = [max(sheet.width, round(font.getlength(title))) for title, sheet in scaled.items()]
     row = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), head + height + gap), "white")
     left = gap
