@@ -54,40 +54,12 @@ def center_span(res: int, fraction: float) -> tuple[int, int]:
     return start, start + side
 
 
-def center_box(res: int, fraction: float) -> torch.Tensor:
-    """The paper's hole as (1, 4) whole numbers: top, left, bottom, right, the last two just outside."""
-    start, end = center_span(res, fraction)
-    return torch.tensor([[start, start, end, end]])
-
-
-def random_boxes(n: int, res: int, fraction: float, rng: torch.Generator) -> torch.Tensor:
-    """Holes for --wild, all in the middle, where every photo's hole is shown (inpaint.view) -> (n, 4).
-
-    Half are the paper's square. The others keep one of its sides; the other side is drawn uniformly
-    from a quarter of it to all of it.
-    """
-    side = round(res * fraction)
-    long = torch.full((n, 1), side)
-    short = torch.randint(max(1, side // 4), side + 1, (n, 1), generator=rng)
-    flat = torch.rand(n, 1, generator=rng) < 0.5
-    square = torch.rand(n, 1, generator=rng) < 0.5
-    size = torch.where(flat, torch.cat([short, long], 1), torch.cat([long, short], 1))
-    corner = (res - size) // 2
-    return torch.where(square, center_box(res, fraction), torch.cat([corner, corner + size], 1))
-
-
-def box_mask(boxes: torch.Tensor, res: int) -> torch.Tensor:
-    """Boxes (B, 4) -> mask (B, 1, res, res), 1 in the hole."""
-    line = torch.arange(res, device=boxes.device)
-    top, left, bottom, right = (edge[:, None] for edge in boxes.unbind(1))
-    rows = (line >= top) & (line < bottom)  # (B, res)
-    columns = (line >= left) & (line < right)
-    return (rows[:, None, :, None] & columns[:, None, None, :]).float()
-
-
 def center_hole(res: int, fraction: float) -> torch.Tensor:
     """The paper's hole as a mask (1, 1, res, res): a centred square, `fraction` of the side (section 2.1)."""
-    return box_mask(center_box(res, fraction), res)
+    start, end = center_span(res, fraction)
+    mask = torch.zeros(1, 1, res, res)
+    mask[..., start:end, start:end] = 1
+    return mask
 
 
 def damage(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -142,6 +114,7 @@ def batches(training: torch.Tensor, size: int, order: torch.Tensor, flip: torch.
         image = pixels.to(memory_format=memory_format(device)).float().div_(255)
         yield torch.where(flip[start : start + size, None, None, None], image.flip(3), image)
 
+
 # --- Framing --------------------------------------------------------------------------------------
 
 
@@ -165,6 +138,34 @@ def frame(image: torch.Tensor, framing: torch.Tensor) -> torch.Tensor:
     affine = torch.where(u1[:, None, None] < 0.3, as_it_is, moved)
     points = F.affine_grid(affine, list(image.shape), align_corners=False)
     return F.grid_sample(image, points, padding_mode="reflection", align_corners=False)
+
+
+def random_boxes(n: int, res: int, fraction: float, rng: torch.Generator) -> torch.Tensor:
+    """Holes for --wild, all in the middle, where every photo's hole is shown (inpaint.view).
+
+    n boxes -> (n, 4) whole numbers: top, left, bottom, right, the last two just outside. Half are the
+    paper's square. The others keep one of its sides; the other side is drawn uniformly from a quarter of it
+    to all of it.
+    """
+    side = round(res * fraction)
+    long = torch.full((n, 1), side)
+    short = torch.randint(max(1, side // 4), side + 1, (n, 1), generator=rng)
+    flat = torch.rand(n, 1, generator=rng) < 0.5
+    square = torch.rand(n, 1, generator=rng) < 0.5
+    size = torch.where(flat, torch.cat([short, long], 1), torch.cat([long, short], 1))
+    size = torch.where(square, side, size)
+    corner = (res - size) // 2
+    return torch.cat([corner, corner + size], 1)
+
+
+def box_mask(boxes: torch.Tensor, res: int) -> torch.Tensor:
+    """Boxes (B, 4) -> mask (B, 1, res, res), 1 in the hole."""
+    line = torch.arange(res, device=boxes.device)
+    top, left, bottom, right = (edge[:, None] for edge in boxes.unbind(1))
+    rows = (line >= top) & (line < bottom)  # (B, res)
+    columns = (line >= left) & (line < right)
+    return (rows[:, None, :, None] & columns[:, None, None, :]).float()
+
 
 # The lesson ends here: read on in models.py. The rest is plumbing, needed when you ask how pictures come in,
 # go out and are shown.

@@ -111,7 +111,7 @@ class Run:
         """The network with the first weights that `--model` asks for, on the device."""
         if self.options["model"] == "gan":
             models.dcgan_init(network)
-        return network.to(self.device, memory_format=torch.channels_last)
+        return network.to(self.device, memory_format=data.memory_format(self.device))
 
 
 def build_generator(options: dict) -> models.UNet:
@@ -131,11 +131,12 @@ def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor, looks: torc
     with autocast(run.device, options["precision"]):
         output = run.generator(damaged, mask)  # (B, 3, H, W), the whole picture
     if run.discriminator:
+        look = functools.partial(seen, options)
         fake = output if options["judge"] == "output" else data.paste(output, image, mask)
         # (1) The discriminator: a high D(real), a low D(fake). The generator is left out: detach.
-        report = teach_discriminator(run, image, fake.detach(), looks)
-        # (2) The generator: a high D(fake), judged anew.
-        terms = ask_discriminator(run, image, fake, looks[:, 2])
+        report = teach_discriminator(run, look(image, looks[:, 0]), look(fake.detach(), looks[:, 1]))
+        # (2) The generator: a high D(fake), judged anew. Both are changed alike, so that features compare.
+        terms = ask_discriminator(run, look(image, looks[:, 2]), look(fake, looks[:, 2]))
     # With any network: minimise the distance from the original too, if the loss has one.
     terms |= losses.distances(run.loss_weights, output, image, mask, options["hole_weight"])
     update(run.optimizers["generator"], sum(run.loss_weights[name] * term for name, term in terms.items()))
@@ -144,10 +145,8 @@ def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor, looks: torc
     return {name: value.detach() for name, value in (terms | report).items()}
 
 
-def teach_discriminator(run: Run, real: torch.Tensor, fake: torch.Tensor, looks: torch.Tensor) -> dict:
-    """A step of the discriminator: real and fake (B, 3, H, W) -> {name: what is logged, ()}."""
-    real = seen(run.options, real, looks[:, 0])
-    fake = seen(run.options, fake, looks[:, 1])
+def teach_discriminator(run: Run, real: torch.Tensor, fake: torch.Tensor) -> dict:
+    """A step of the discriminator, from pictures as it sees them -> {name: what is logged, ()}."""
     with autocast(run.device, run.options["precision"]):
         real_logit, _ = run.discriminator(real)  # (B,)
         fake_logit, _ = run.discriminator(fake)
@@ -156,18 +155,15 @@ def teach_discriminator(run: Run, real: torch.Tensor, fake: torch.Tensor, looks:
     return {"d_loss": loss, "D(real)": real_logit.sigmoid().mean(), "D(fake)": fake_logit.sigmoid().mean()}
 
 
-def ask_discriminator(run: Run, real: torch.Tensor, fake: torch.Tensor, look: torch.Tensor) -> dict:
-    """The terms of the generator's loss that the discriminator gives, its own weights left out."""
+def ask_discriminator(run: Run, real: torch.Tensor, fake: torch.Tensor) -> dict:
+    """What the discriminator adds to the generator's loss -> {term: value ()}. Its weights are left out."""
     judge = run.networks["discriminator"].requires_grad_(False)
-    fake = seen(run.options, fake, look)
     with autocast(run.device, run.options["precision"]):
         fake_logit, fake_features = judge(fake)
-    terms = {"adversarial": losses.generator_loss(fake_logit)}
-    if "features" in run.loss_weights:
-        real = seen(run.options, real, look)  # changed by the same numbers, so that the features compare
-        with autocast(run.device, run.options["precision"]):
+        terms = {"adversarial": losses.generator_loss(fake_logit)}
+        if "features" in run.loss_weights:
             _, real_features = judge(real)
-        terms["features"] = losses.feature_loss(fake_features, real_features)
+            terms["features"] = losses.feature_loss(fake_features, real_features)
     judge.requires_grad_(True)
     return terms
 
@@ -226,7 +222,7 @@ def draw_epoch(options: dict, epoch: int, count: int, take: int) -> tuple[torch.
     order = torch.randperm(count, generator=shared)[rank::world][:take]
     own = torch.Generator().manual_seed(seed * 1009 + rank)
     flip = torch.rand(take, generator=own) < 0.5
-    boxes = data.center_box(options["res"], options["hole"])
+    boxes = torch.empty(0)
     if options["wild"]:
         boxes = data.random_boxes(take, options["res"], options["hole"], own)
     looks = torch.rand(take, 3, 5, generator=own)
@@ -304,7 +300,7 @@ TELL_EPOCHS = 12
 def run_ema(ema: models.UNet, damaged: torch.Tensor, mask: torch.Tensor, options: dict) -> torch.Tensor:
     """What the averaged generator, in evaluation mode, paints for damaged pictures (B, 3, H, W)."""
     with autocast(damaged.device, options["precision"]):
-        return ema(damaged.contiguous(memory_format=torch.channels_last), mask)
+        return ema(damaged.contiguous(memory_format=data.memory_format(damaged.device)), mask)
 
 
 def part_size(pixels: torch.Tensor) -> int:
@@ -424,7 +420,7 @@ def load_data(options: dict, least: int = 1) -> tuple[torch.Tensor, torch.Tensor
     return training, validation
 
 
-def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
+def read_checkpoint(path: str | Path, device: torch.device = torch.device("cpu")) -> dict:
     """The dictionary of a generator.pt or last.pt, in which "ema" is the network, ready to paint.
 
     InputError for any other file, and for a damaged one. It runs no code.
@@ -445,7 +441,7 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         ema.load_state_dict(state["ema"])
     except Exception as error:  # a damaged file can raise anything
         raise InputError(f"{path} is no checkpoint of this program, or damaged: {advice}") from error
-    return state | {"ema": ema.to(device, memory_format=torch.channels_last)}
+    return state | {"ema": ema.to(device, memory_format=data.memory_format(device))}
 
 
 def begin(folder: Path | None, options: dict, device: torch.device, pictures: int) -> Run:
@@ -527,9 +523,7 @@ def show_run(folder: Path, run: Run, validation: torch.Tensor) -> None:
     faces = [("damaged", damaged), ("output", output), ("restored", restored), ("original", image)]
     keep_in_film(run, restored[:3])
     contents = {"grid.png": data.png(data.grid(faces)), "results.json": data.to_json(describe(run))}
-    if run.log:
-        contents["log.csv"] = data.to_csv(run.log)
-        contents["curves.png"] = data.png(draw_curves(run))
+    contents |= {"log.csv": data.to_csv(run.log), "curves.png": data.png(draw_curves(run))}
     if run.epoch == run.options["epochs"]:
         pictures = [data.grid([(f"epoch {epoch:04d}", faces)]) for epoch, faces in run.film.items()]
         contents["training.gif"] = data.gif(pictures)
@@ -553,7 +547,7 @@ def describe(run: Run) -> dict:
     """results.json: the metrics of the last epoch, every option, versions, device, parameter counts."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {"numpy": np.__version__, "pillow": PIL.__version__}
-    measured = {name: run.log[-1][name] for name in ("epoch", *METRICS, "pictures")} if run.log else {}
+    measured = {name: run.log[-1][name] for name in ("epoch", *METRICS, "pictures")}
     if run.told is not None:
         measured["told"] = run.told
     return measured | {
@@ -592,7 +586,8 @@ def train(run: Run, folder: Path, training: torch.Tensor, validation: torch.Tens
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         save_run(folder, run)  # so that even the first epoch can be resumed
-        show_run(folder, run, validation)
+        if run.epoch > 0:
+            show_run(folder, run, validation)  # what could not be written before
     training = data.to_gpu_if_it_fits(training, run.device)
     if world > 1:
         share_gradients(run)
@@ -641,13 +636,12 @@ def new_folder(out: str | None, options: dict) -> Path:
     return folder
 
 
-def train_command(options: dict, resume: str | None, out: str | None, device: torch.device) -> None:
-    """Train a new run, or go on with the one in the folder `resume`."""
+def train_command(options: dict, folder: Path | None, out: str | None, device: torch.device) -> None:
+    """Go on with the run in a folder, or train a new one, in a new folder."""
     rank, world = rank_and_world()
     training, validation = load_data(options, least=2 * world)
-    folder = Path(resume) if resume else None
     run = begin(folder, options, device, len(training) + len(validation))
-    if not resume:  # only now, so that a run that cannot begin leaves no folder
+    if folder is None:  # only now, so that a run that cannot begin leaves no folder
         with first_process_first():
             folder = new_folder(out, options) if rank == 0 else None
     counts = f"{len(training)} pictures to train on, {len(validation)} to validate"
@@ -1003,7 +997,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line. It says only what was given; the other values are those of the recipe or the run."""
     cards = []
     for model, card in RECIPES.items():
-        values = " ".join(f"{flag(name)} {value}" for name, value in card.items())
+        values = " ".join(f"--{name} {value}" for name, value in card.items())
         cards.append(f"  --model {model}: {values}")
     p = argparse.ArgumentParser(
         "inpaint.py",
@@ -1131,28 +1125,6 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def run_job(argv: list[str]) -> None:
-    """Check what was asked for, then do it."""
-    given = vars(parser().parse_args(argv))
-    check_jobs(given)
-    device = choose_device(given.get("device", "auto"))
-    out = given.get("out")
-    options = {name: value for name, value in given.items() if name in TRAINING}  # of those given
-    if "loss" in options:
-        options["loss"] = options["loss"].replace(" ", "")
-    if options.get("data", "synthetic") != "synthetic":
-        options["data"] = os.path.abspath(options["data"])  # so that the run can go on from anywhere
-    if "compare" in given:
-        compare(options, Path(out or "runs/compare"), given.get("seeds", 1), device)
-    elif "resume" in given:
-        stored = read_checkpoint(Path(given["resume"]) / "last.pt")["options"]
-        train_command(stored | options, given["resume"], None, device)
-    elif "evaluate" in given or "restore" in given:
-        use_checkpoint(given, options, device)
-    else:
-        train_command(recipe(options), None, out, device)
-
-
 def use_checkpoint(given: dict, changed: dict, device: torch.device) -> None:
     """Evaluate a network or restore photos with it, in one process: more would do the same."""
     rank, _ = rank_and_world()
@@ -1175,12 +1147,35 @@ def use_checkpoint(given: dict, changed: dict, device: torch.device) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The program: a mistake of the user ends in one line and exit code 2, Ctrl-C in 130."""
+    """The program: check what was asked for, then do it."""
     if hasattr(sys.stdout, "reconfigure"):  # a file's name may have letters that the screen has not
         sys.stdout.reconfigure(errors="backslashreplace")
     join_processes()
+    with mistakes_in_one_line():
+        given = vars(parser().parse_args(argv))
+        check_jobs(given)
+        device = choose_device(given.get("device", "auto"))
+        options = {name: value for name, value in given.items() if name in TRAINING}  # of those given
+        if "loss" in options:
+            options["loss"] = options["loss"].replace(" ", "")
+        if options.get("data", "synthetic") != "synthetic":
+            options["data"] = os.path.abspath(options["data"])  # so that the run can go on from anywhere
+        if "compare" in given:
+            compare(options, Path(given.get("out", "runs/compare")), given.get("seeds", 1), device)
+        elif "resume" in given:
+            stored = read_checkpoint(Path(given["resume"]) / "last.pt")["options"]
+            train_command(stored | options, Path(given["resume"]), None, device)
+        elif "evaluate" in given or "restore" in given:
+            use_checkpoint(given, options, device)
+        else:
+            train_command(recipe(options), None, given.get("out"), device)
+
+
+@contextlib.contextmanager
+def mistakes_in_one_line():
+    """A mistake of the user inside this ends the program with one line and exit code 2, Ctrl-C with 130."""
     try:
-        run_job(sys.argv[1:] if argv is None else argv)
+        yield
     except InputError as error:
         stop(error, 2, rank_and_world()[0] == 0)  # each process sees the mistake, the first one tells it
     except OSError as error:

@@ -176,19 +176,13 @@ def augment(picture: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
     # Multiplied out, so that only two operations are as large as the picture.
     rest = contrast * (1 - saturation) * grey + (1 - contrast) * mean + brightness
     picture = contrast * saturation * picture + rest
-    side = picture.shape[-1]
-    down, right = (u[:, 3:] * (side // 8)).round().unbind(1)
-    return move(down, side) @ picture @ move(right, side).mT
-
-
-def move(offset: torch.Tensor, side: int) -> torch.Tensor:
-    """Matrices (B, 1, side, side) that move what they multiply by whole rows: row i becomes row i + offset.
-
-    Each row holds a single 1, or none if i + offset is outside. offset (B,), on any device: a slice would
-    need it as a number of Python's, and so would wait for the device.
-    """
-    line = torch.arange(side, device=offset.device)
-    return (line == line[:, None] + offset[:, None, None]).float()[:, None]
+    # Moved by matrices with a single 1 in each row: a slice would need the distance as a number of
+    # Python's, and so would wait for the device.
+    line = torch.arange(picture.shape[-1], device=picture.device)
+    down, right = (u[:, 3:] * (len(line) // 8)).round()[..., None, None, None].unbind(1)  # (B, 1, 1, 1)
+    rows = (line == line[:, None] + down).float()
+    columns = (line[:, None] == line + right).float()
+    return rows @ picture @ columns
 
 
 def dcgan_init(network: nn.Module) -> None:
