@@ -644,10 +644,10 @@ def free_path(base: str | Path, ending: str = "") -> Path:
         path = Path(f"{base}-{number}{ending}")
 
 
-def png(picture: Image.Image) -> bytes:
-    """A picture as the bytes of a PNG file."""
+def png(picture: Image.Image, exif: bytes = b"") -> bytes:
+    """A picture, with its EXIF if there is any, as the bytes of a PNG file."""
     stream = io.BytesIO()
-    picture.save(stream, "PNG")
+    picture.save(stream, "PNG", exif=exif)
     return stream.getvalue()
 
 

@@ -19,6 +19,7 @@ import datetime
 import functools
 import gc
 import io
+import itertools
 import math
 import os
 import platform
@@ -832,10 +833,17 @@ def write_table(out: Path, table: list[dict], faces: list) -> None:
 
 # --- Restoring your own photo ---------------------------------------------------------------------
 
+# EXIF of a TIFF that is kept: title, camera, resolution, program, date, author, rights; details, place.
+KEPT = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, 34665, 34853}
+# Where a hole is narrower than this share of the photo's shorter side, smooth filling is nearer to the truth.
+THIN = 0.06
+
 
 def restore_photos(given: dict, state: dict, options: dict) -> None:
     """All photos of --restore and in its folders. One that fails does not stop the others, and is named."""
     out = Path(given.get("out", "restored"))
+    if out.suffix.lower() in data.PICTURES:
+        raise InputError(f"--out {out} is named like a picture: it takes a folder, for all that is written")
     out.mkdir(parents=True, exist_ok=True)
     files, failed, done = [], [], 0
     for path in map(Path, given["restore"]):
@@ -863,9 +871,9 @@ def photos_in(folder: Path) -> list[Path]:
 
 
 def restore_photo(ema: models.UNet, options: dict, file: Path, mask_file: str | None, out: Path) -> None:
-    """NAME-restored.png and NAME-compare.png in `out`, numbered if they exist.
+    """NAME-restored.png and NAME-compare.png in `out`, both numbered if one of them exists.
 
-    Known pixels are the photo's, to the bit.
+    Known pixels are the photo's, to the bit; what its file tells of it (`read_exif`) is kept.
     """
     photo = read_photo(file)
     pixels = data.to_tensor(photo)
@@ -879,9 +887,8 @@ def restore_photo(ema: models.UNet, options: dict, file: Path, mask_file: str | 
     sheets = {"damaged": data.to_picture(data.damage(image, mask)), "restored": picture}
     if not mask_file:
         sheets["original"] = photo
-    restored_path = data.free_path(out / file.stem, "-restored.png")
-    compare_path = data.free_path(out / file.stem, "-compare.png")
-    data.save(restored_path, data.png(picture))
+    restored_path, compare_path = free_pair(out / file.stem)
+    data.save(restored_path, data.png(picture, read_exif(file)))
     data.save(compare_path, data.png(data.beside(sheets, 384)))
     data.say(f"{restored_path} {compare_path}", "stdout")
 
@@ -894,6 +901,35 @@ def read_photo(file: Path, behind: str = "white") -> PIL.Image.Image:
         raise data.cannot_read(file, error) from error
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
+
+
+def read_exif(file: Path) -> bytes:
+    """The EXIF of a picture file (date, camera, place), its orientation set to upright; empty if it has none.
+
+    EXIF that cannot be read does not cost the photo: it is left out with a line.
+    """
+    try:
+        with PIL.Image.open(file) as picture:
+            exif = picture.getexif()
+            # In a TIFF, the same list also says where in the file the pixels are.
+            for tag in set(exif) - KEPT if picture.format == "TIFF" else ():
+                del exif[tag]
+            if not exif:
+                return b""
+            exif[PIL.ExifTags.Base.Orientation] = 1
+            return exif.tobytes()
+    except Exception as error:  # as for the pixels: a broken file can raise anything
+        data.say(f"warning: {file}: its EXIF (date, camera, place) is left out: it cannot be read ({error})")
+        return b""
+
+
+def free_pair(base: Path) -> list[Path]:
+    """base-restored.png and base-compare.png, or base-2-..., base-3-...: the first number free for both."""
+    for number in itertools.count(1):
+        stem = base if number == 1 else f"{base}-{number}"
+        pair = [Path(f"{stem}-{kind}.png") for kind in ("restored", "compare")]
+        if not any(path.exists() for path in pair):
+            return pair
 
 
 def central_mask(photo: PIL.Image.Image, options: dict) -> torch.Tensor:
@@ -911,14 +947,22 @@ def central_mask(photo: PIL.Image.Image, options: dict) -> torch.Tensor:
 def read_mask(file: str, photo: PIL.Image.Image) -> torch.Tensor:
     """What is missing from a photo, (1, H, W), 1 in the hole: what is brighter than half of the brightest.
 
-    Transparent parts count as black. InputError for another shape than the photo's, all black or all white.
+    Transparent parts count as black. Of a mask larger than the photo, nothing that is white is lost: each
+    pixel of the photo that it touches is missing. InputError for other proportions than the photo's, beyond
+    the rounding of a pixel of the smaller picture, and for a mask that is all black or all white.
     """
     picture = read_photo(Path(file), behind="black").convert("L")
-    if abs(picture.width * photo.height / (picture.height * photo.width) - 1) > 0.02:
+    rounding = max(picture.size + photo.size)
+    if abs(picture.width * photo.height - picture.height * photo.width) > rounding:
         sizes = f"{picture.width} x {picture.height}, the photo {photo.width} x {photo.height}"
         raise InputError(f"--mask {file} is {sizes}: it takes the same proportions")
-    values = np.asarray(picture.resize(photo.size, PIL.Image.Resampling.NEAREST))
+    larger = picture.width > photo.width or picture.height > photo.height
+    if not larger:
+        picture = picture.resize(photo.size, PIL.Image.Resampling.NEAREST)
+    values = np.asarray(picture)
     mask = torch.from_numpy(values > values.max() / 2)[None].float()
+    if larger:
+        mask = F.adaptive_max_pool2d(mask, (photo.height, photo.width))
     meaning = "white is what is to be filled, black the rest"
     if not mask.any() or mask.all():
         raise InputError(f"--mask {file} is all {'white' if mask.any() else 'black'}: {meaning}")
@@ -928,10 +972,43 @@ def read_mask(file: str, photo: PIL.Image.Image) -> torch.Tensor:
     return mask
 
 
-def bounding_box(mask: torch.Tensor) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right) of the hole, mask (1, H, W), the last two just outside."""
-    rows = mask[0].any(1).nonzero()
-    columns = mask[0].any(0).nonzero()
+def thick_part(mask: torch.Tensor, cell: int, reach: int) -> torch.Tensor:
+    """What of a mask (1, H, W) is more than dust and scratches: a square of 2 * reach + 1 cells fits in.
+
+    What lies within `reach` cells of such a square belongs to it: a round hole keeps its border.
+    """
+    known = F.max_pool2d(1 - mask, cell, ceil_mode=True)  # 1 where any pixel of the cell is known
+    middles = 1 - F.max_pool2d(known, 2 * reach + 1, 1, reach)
+    near = F.max_pool2d(middles, 4 * reach + 1, 1, 2 * reach)
+    near = near.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+    return mask * near[:, : mask.shape[1], : mask.shape[2]]
+
+
+def holes(mask: torch.Tensor, cell: int, gap: int) -> list[tuple[int, int, int, int]]:
+    """The bounding box of each hole of a mask (1, H, W); what is within `gap` cells belongs to it too."""
+    cells = F.max_pool2d(mask, cell, ceil_mode=True)  # 1 where any pixel of the cell is missing
+    found = []
+    while cells.any():
+        top, left = cells[0].nonzero()[0].tolist()
+        box, before = (top, left, top + 1, left + 1), None
+        while box != before:
+            before = box
+            box = bounding_box(cells, around(box, gap))
+        cells[around(box, 0)] = 0
+        found.append(bounding_box(mask, around([end * cell for end in box], 0)))
+    return found
+
+
+def around(box: tuple[int, int, int, int], rim: int) -> tuple[slice, slice, slice]:
+    """The part of a picture (C, H, W) in a box, with `rim` pixels around it where there are some."""
+    top, left, bottom, right = box
+    return slice(None), slice(max(0, top - rim), bottom + rim), slice(max(0, left - rim), right + rim)
+
+
+def bounding_box(mask: torch.Tensor, part: tuple[slice, slice, slice]) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) of what is missing in a part of a mask, the last two just outside."""
+    rows = mask[part][0].any(1).nonzero() + part[1].start
+    columns = mask[part][0].any(0).nonzero() + part[2].start
     return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 
@@ -949,15 +1026,39 @@ def view(options: dict, box: tuple[int, int, int, int]) -> tuple[float, float, f
 
 
 def fill(ema: models.UNet, options: dict, photo: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Paint the hole of a photo of any size: photo (3, H, W) in [0, 1], mask (1, H, W) -> restored (3, H, W).
+    """Fill all holes of a photo of any size: photo (3, H, W) in [0, 1], mask (1, H, W) -> restored (3, H, W).
 
-    The network looks through a square of the photo (`view`), and what it paints is scaled back (`join`).
+    What is thin is filled smoothly, then the network paints the other holes, each by itself. `paint` makes
+    what comes into a hole, `join` fits it to the rim, `data.paste` puts it there and nowhere else.
+    """
+    reach = round(THIN / 2 * min(photo.shape[1:]))
+    cell = max(1, reach // 4)  # a large photo's holes are looked for on a map of cells of several pixels
+    thick = thick_part(mask, cell, reach // cell)
+    thin = mask - thick
+    restored = photo.clone()
+    for box in holes(thin, cell, 1):
+        here = around(box, 1)
+        smooth = models.harmonic(restored[here][None], mask[here][None])[0]
+        restored[here] = data.paste(smooth, restored[here], thin[here])
+    known = 1 - thick
+    seen = restored * known
+    for box in holes(thick, cell, reach // cell):
+        here = around(box, 1)
+        painted = join(paint(ema, options, seen, known, box), seen[here], thick[here])
+        restored[here] = data.paste(painted, seen[here], thick[here])
+    if torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]):  # a grey photo stays grey
+        restored = restored.mean(0, keepdim=True).expand_as(photo)
+    return restored
+
+
+def paint(ema: models.UNet, options: dict, seen: torch.Tensor, known: torch.Tensor, box: tuple):
+    """What the network paints for the hole in a box: (3, h, w), with one pixel `around` the box.
+
+    seen (3, H, W) is the photo, 0 where known (1, H, W) is 0. The network looks through a square of it
+    (`view`), in which all other holes are filled smoothly.
     """
     res = options["res"]
-    known = 1 - mask
-    seen = photo * known
-    top, left, bottom, right = bounding_box(mask)
-    x0, y0, scale = view(options, (top, left, bottom, right))
+    x0, y0, scale = view(options, box)
     square = (x0, y0, x0 + res * scale, y0 + res * scale)
     # How much of each small pixel is known: only that gives its colour.
     share = data.crop_resize(known, square, (res, res))
@@ -965,20 +1066,17 @@ def fill(ema: models.UNet, options: dict, photo: torch.Tensor, mask: torch.Tenso
     unknown = (share < 0.5).float()[None]
     image = models.harmonic(image.clamp(0, 1)[None], unknown)  # beyond the photo's edge too
     # A network that saw nothing but the centre hole relies on it; one for photos has learnt to use its mask.
-    hole = unknown if options["wild"] else data.center_hole(res, options["hole"])
+    centre = data.center_hole(res, options["hole"])
+    hole = unknown * centre if options["wild"] else centre
     device = next(ema.parameters()).device
     output = run_ema(ema, data.damage(image, hole).to(device), hole.to(device), options).cpu()[0]
-    # Back in the photo: the hole's bounding box, with one known pixel around it where there is one.
-    top, left = max(0, top - 1), max(0, left - 1)
-    bottom, right = min(photo.shape[1], bottom + 1), min(photo.shape[2], right + 1)
-    box = [(left - x0) / scale, (top - y0) / scale, (right - x0) / scale, (bottom - y0) / scale]
-    here = (slice(None), slice(top, bottom), slice(left, right))
-    joined = join(data.crop_resize(output, box, (right - left, bottom - top)), photo[here], mask[here])
-    if torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]):  # a grey photo stays grey
-        joined = joined.mean(0, keepdim=True)
-    restored = photo.clone()
-    restored[here] = data.paste(joined, photo[here], mask[here])
-    return restored
+    # Back in the photo.
+    _, rows, columns = here = around(box, 1)
+    height, width = seen[here].shape[1:]
+    left, top = columns.start, rows.start
+    ends = (left - x0, top - y0, left + width - x0, top + height - y0)
+    place = [end / scale for end in ends]
+    return data.crop_resize(output, place, (width, height))
 
 
 def join(painted: torch.Tensor, photo: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
