@@ -909,7 +909,8 @@ def read_exif(file: Path) -> bytes:
     EXIF that cannot be read does not cost the photo: it is left out with a line.
     """
     try:
-        with PIL.Image.open(file) as picture:
+        # Pillow only warns of damaged EXIF, and gives what is left of it.
+        with warnings.catch_warnings(action="error", category=UserWarning), PIL.Image.open(file) as picture:
             exif = picture.getexif()
             # In a TIFF, the same list also says where in the file the pixels are.
             for tag in set(exif) - KEPT if picture.format == "TIFF" else ():
@@ -975,11 +976,12 @@ def read_mask(file: str, photo: PIL.Image.Image) -> torch.Tensor:
 def thick_part(mask: torch.Tensor, cell: int, reach: int) -> torch.Tensor:
     """What of a mask (1, H, W) is more than dust and scratches: a square of 2 * reach + 1 cells fits in.
 
-    What lies within `reach` cells of such a square belongs to it: a round hole keeps its border.
+    What lies within half of `reach` of such a square belongs to it: a round hole keeps its border.
     """
     known = F.max_pool2d(1 - mask, cell, ceil_mode=True)  # 1 where any pixel of the cell is known
     middles = 1 - F.max_pool2d(known, 2 * reach + 1, 1, reach)
-    near = F.max_pool2d(middles, 4 * reach + 1, 1, 2 * reach)
+    far = reach + reach // 2
+    near = F.max_pool2d(middles, 2 * far + 1, 1, far)
     near = near.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
     return mask * near[:, : mask.shape[1], : mask.shape[2]]
 

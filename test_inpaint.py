@@ -1863,6 +1863,61 @@ def test_beyond_a_hole_at_the_photos_edge_the_network_sees_the_colours_around_it
     assert ((damaged - 0.7) * (1 - hole)).abs().max() < 0.01, "and not black"
 
 
+def marked(size, *boxes):
+    """A mask (1, size, size) with holes (top, left, tall, wide)."""
+    mask = torch.zeros(1, size, size)
+    for top, left, tall, wide in boxes:
+        mask[:, top : top + tall, left : left + wide] = 1
+    return mask
+
+
+def test_dust_and_scratches_are_filled_smoothly_and_no_network_sees_them(faces, shown):
+    (ema, options), hole = network("--wild"), marked(200, (60, 60, 60, 60))
+    photo = F.interpolate(faces[:1], 200, mode="bilinear")[0]
+    thin = marked(200, (20, 20, 2, 2), (150, 30, 9, 9), (0, 150, 200, 4), (90, 0, 4, 150))
+    alone = inpaint.fill(ema, options, photo, thin)
+    smooth = models.harmonic((photo * (1 - thin))[None], thin[None])[0]
+    assert (alone - smooth).abs().max() < 0.01
+    assert not shown, "it is all thin"
+    both = inpaint.fill(ema, options, photo, (thin + hole).clamp(max=1))
+    ((_, seen),) = shown
+    assert 0.75 < seen.sum() / 19**2 <= 1, "nearly as if no scratch led into it"
+    outside = thin * (1 - F.max_pool2d(hole, 31, 1, 15))
+    assert ((both - alone) * outside).abs().max() < 0.01
+    y, x = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
+    disc = ((y - 100) ** 2 + (x - 100) ** 2 < 50**2).float()[None]
+    assert torch.equal(inpaint.thick_part(disc, 1, 6), disc), "a round hole keeps its border"
+
+
+def test_each_hole_has_a_view_of_its_own_in_which_the_others_are_filled_smoothly(shown):
+    (ema, options), photo = network("--wild"), torch.full((3, 192, 192), 0.7)
+    near, far = (40, 40, 38, 38), (110, 110, 38, 38)
+    inpaint.fill(ema, options, photo, marked(192, near, far))
+    assert [int(hole.sum()) for _, hole in shown] == [19 * 19] * 2
+    assert all(((damaged - 0.7) * (1 - hole)).abs().max() < 0.01 for damaged, hole in shown)
+    shown.clear()
+    inpaint.fill(ema, options, photo, marked(192, (40, 40, 38, 18), (40, 60, 38, 18)))
+    assert len(shown) == 1, "two holes that nearly touch are one"
+    ring = marked(192, (20, 20, 150, 150)) - marked(192, (40, 40, 110, 110)) + marked(192, (80, 80, 20, 20))
+    for mask in (marked(192, near, far, (0, 0, 9, 5), (180, 183, 12, 9)), ring):
+        boxes = inpaint.holes(mask, 1, 1)
+        drawn_again = marked(192, *[(a, b, c - a, d - b) for a, b, c, d in boxes])
+        assert (drawn_again >= mask).all()
+        assert len(boxes) == (4 if mask is not ring else 1)
+
+
+def test_500_dots_on_a_large_photo_take_seconds(shown):
+    (ema, options), mask = network("--wild"), torch.zeros(1, 1500, 2000)
+    spots = torch.randint(0, 1400, (2, 500), generator=torch.Generator().manual_seed(0))
+    for y, x in spots.T.tolist():
+        mask[:, y : y + 8, x : x + 8] = 1
+    began = time.process_time()
+    restored = inpaint.fill(ema, options, torch.full((3, 1500, 2000), 0.4), mask)
+    assert time.process_time() - began < 20
+    assert (restored - 0.4).abs().max() < 0.001
+    assert not shown
+
+
 def test_a_grey_photo_keeps_a_grey_hole(tiny_run):
     drawn(100, 150).convert("L").save("me.png")
     Image.fromarray(holes()[4][::2, ::2]).save("m.png")
@@ -1877,6 +1932,32 @@ def test_a_restored_photo_keeps_the_meaning_of_its_colours(tiny_run):
         drawn(40, 40).convert(mode).save("me.tif", icc_profile=profile.replace(b"RGB ", b"CMYK", not kept))
         assert restore(tiny_run, "me.tif", "--out", mode) == 0
         assert Image.open(f"{mode}/me-restored.png").info.get("icc_profile") == (profile if kept else None)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG", "WEBP", "broken"])
+def test_a_restored_photo_keeps_what_its_file_tells_of_it(kind, tiny_run, capsys):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0132] = 6, "2020:05:17 12:00:00"  # turned, date
+    exif.get_ifd(0x8769)[0x9003] = "2019:05:17 12:00:00"  # taken
+    exif.get_ifd(0x8825)[2] = (52.0, 22.0, 12.5)  # latitude
+    if kind == "broken":
+        drawn(40, 60).save("me.jpg", "JPEG", exif=b"Exif\0\0II*\0" + b"\xff" * 40)
+    else:
+        drawn(40, 60).save("me.jpg", kind, exif=exif.tobytes())
+    assert restore(tiny_run, "me.jpg") == 0
+    restored, told = Image.open("restored/me-restored.png"), complaints(capsys.readouterr().err)
+    kept = restored.getexif()
+    if kind == "broken":
+        assert not kept
+        assert len(told) == 1
+        assert "me.jpg: its EXIF (date, camera, place) is left out" in told[0]
+    else:
+        assert restored.size == (60, 40)
+        assert (kept[0x0112], kept[0x0132]) == (1, exif[0x0132])
+        assert kept.get_ifd(0x8769)[0x9003] == "2019:05:17 12:00:00"
+        assert kept.get_ifd(0x8825)[2] == (52.0, 22.0, 12.5)
+        assert not {256, 257, 258, 273, 279} & set(kept), "where the pixels of a TIFF were"
+        assert not told
 
 
 def test_photos_are_restored_in_the_given_precision_or_what_the_device_is_fast_at(tiny_run, monkeypatch):
@@ -1914,9 +1995,23 @@ def test_masks_as_people_make_them_are_understood_and_their_share_is_told(capsys
     assert inpaint.read_mask("m.png", Image.new("RGB", (500, 376))).shape == (1, 376, 500)
 
 
+def test_of_a_mask_painted_on_a_larger_scan_no_pixel_is_lost():
+    for size in ((100, 150), (133, 200), (399, 599)):  # 4, 3 and nearly 1 mask pixels for one of the photo
+        scan = Image.new("L", (400, 600))
+        ImageDraw.Draw(scan).line((3, 7, 390, 580), 255, 2)  # a slanting scratch
+        scan.save("m.png")
+        mask = inpaint.read_mask("m.png", Image.new("RGB", size))[0]
+        y, x = np.nonzero(np.asarray(scan))
+        expected = torch.zeros(size[::-1])
+        for up, left in itertools.product((0, 1 - 1e-6), repeat=2):  # the corners of each white pixel
+            expected[((y + up) * size[1] / 600).astype(int), ((x + left) * size[0] / 400).astype(int)] = 1
+        assert torch.equal(mask, expected)
+
+
 REFUSED_MASKS = {
     "all black": Image.new("L", (90, 120)), "all white": Image.new("1", (90, 120), 1),
-    "90 x 200": Image.new("L", (90, 200)), "black: white is": Image.new("LA", (90, 120), (255, 0)),
+    "90 x 200": Image.new("L", (90, 200)), "89 x 117, the photo 90 x 120": Image.new("L", (89, 117), 255),
+    "180 x 236": Image.new("L", (180, 236), 255), "black: white is": Image.new("LA", (90, 120), (255, 0)),
 }  # fmt: skip
 
 
@@ -1946,6 +2041,9 @@ def test_in_a_folder_only_outputs_are_passed_over_and_nothing_is_overwritten(tin
     assert all(file.read_bytes() == content for file, content in first.items())
     assert restore(tiny_run, "in/000-restored.png") == 0  # named by its user, it is restored once more
     assert Path("restored/000-restored-restored.png").exists()
+    Path("restored/000-restored-compare.png").unlink()
+    assert restore(tiny_run, "in/000-restored.png") == 0
+    assert Path("restored/000-restored-2-compare.png").exists(), "two that belong together have one number"
     assert restore(tiny_run, "restored") == 2  # there is no other picture in it
     assert "restored holds only pictures that this program wrote" in capsys.readouterr().err
 
@@ -2164,6 +2262,7 @@ REFUSED = {  # words: a part of the line
     "--resume run --epochs 1": "--epochs 1 contradicts --epochs 2", "--resume run --hole 0.5": "contradicts",
     "--restore good": "--restore needs --checkpoint", "--restore nowhere.jpg --checkpoint good.pt": "0 of 1",
     "--restore good/000.jpg --mask= --checkpoint good.pt": "--mask is empty",
+    "--restore good --checkpoint good.pt --out b.PNG": "--out b.PNG is named like a picture",
     "--restore good --checkpoint file": "no checkpoint", "--restore good --checkpoint=": "is empty",
     "--restore good --checkpoint good.pt --res 64": "--res 64 contradicts --res 32",
     "--compare --model gan": "--model does nothing with --compare", "--compare --data nowhere": "not exist",
