@@ -635,13 +635,13 @@ def save(path: str | Path, content: bytes) -> None:
         stream.write(content)
 
 
-def free_path(base: str | Path, ending: str = "") -> Path:
-    """base + ending, or base-2 + ending, base-3 + ending, ...: the first that is not there yet."""
-    path = Path(f"{base}{ending}")
+def free_path(base: str | Path, endings: tuple = ("",)) -> str:
+    """base, or base-2, base-3, ...: the first with which no file of these endings is there yet."""
+    path = str(base)
     for number in itertools.count(2):
-        if not path.exists():
+        if not any(os.path.exists(path + ending) for ending in endings):
             return path
-        path = Path(f"{base}-{number}{ending}")
+        path = f"{base}-{number}"
 
 
 def png(picture: Image.Image, exif: bytes = b"") -> bytes:

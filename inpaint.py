@@ -19,7 +19,6 @@ import datetime
 import functools
 import gc
 import io
-import itertools
 import math
 import os
 import platform
@@ -223,7 +222,7 @@ def draw_epoch(options: dict, epoch: int, count: int, take: int) -> tuple[torch.
     order = torch.randperm(count, generator=shared)[rank::world][:take]
     own = torch.Generator().manual_seed(seed * 1009 + rank)
     flip = torch.rand(take, generator=own) < 0.5
-    boxes = torch.empty(0)
+    boxes = torch.empty(0)  # without --wild, the hole is where it always is
     if options["wild"]:
         boxes = data.random_boxes(take, options["res"], options["hole"], own)
     looks = torch.rand(take, 3, 5, generator=own)
@@ -304,11 +303,6 @@ def run_ema(ema: models.UNet, damaged: torch.Tensor, mask: torch.Tensor, options
         return ema(damaged.contiguous(memory_format=data.memory_format(damaged.device)), mask)
 
 
-def part_size(pixels: torch.Tensor) -> int:
-    """How many pictures are measured at once: 100 at 64 px, and as much memory at any resolution."""
-    return max(1, 100 * 64**2 // pixels.shape[2] ** 2)
-
-
 def validate(painter, pixels: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
     """All METRICS over a validation set, uint8 (N, 3, res, res): losses.measure's means, and swd_hole.
 
@@ -326,10 +320,10 @@ def validate(painter, pixels: torch.Tensor, mask: torch.Tensor) -> dict[str, flo
     return result | {"pictures": len(pixels)}
 
 
-@torch.no_grad()
 def painted(painter, pixels: torch.Tensor, mask: torch.Tensor):
     """Yield (image, output, restored), (B, 3, res, res) each, for all pictures, a part at a time."""
-    for part in pixels.split(part_size(pixels)):
+    count = max(1, 100 * 64**2 // pixels.shape[2] ** 2)  # 100 at 64 px, and as much memory at any resolution
+    for part in pixels.split(count):
         image = data.to_float(part, mask.device)
         output = painter(data.damage(image, mask))
         yield image, output, data.paste(output, image, mask)
@@ -626,7 +620,7 @@ def new_folder(out: str | None, options: dict) -> Path:
     """
     name = f"{options['model']}-{options['loss'].replace('*', 'x')}-{options['act']}-{options['res']}"
     name += "-wild" if options["wild"] else ""
-    folder = Path(out) if out else data.free_path(f"runs/{name}")
+    folder = Path(out or data.free_path(f"runs/{name}"))
     try:
         folder.mkdir(parents=True, exist_ok=out is not None)
         if any(not file.name.startswith(".") for file in folder.iterdir()):
@@ -887,10 +881,12 @@ def restore_photo(ema: models.UNet, options: dict, file: Path, mask_file: str | 
     sheets = {"damaged": data.to_picture(data.damage(image, mask)), "restored": picture}
     if not mask_file:
         sheets["original"] = photo
-    restored_path, compare_path = free_pair(out / file.stem)
-    data.save(restored_path, data.png(picture, read_exif(file)))
-    data.save(compare_path, data.png(data.beside(sheets, 384)))
-    data.say(f"{restored_path} {compare_path}", "stdout")
+    contents = {"-restored.png": data.png(picture, read_exif(file))}
+    contents["-compare.png"] = data.png(data.beside(sheets, 384))
+    path = data.free_path(out / file.stem, tuple(contents))
+    for ending, content in contents.items():
+        data.save(path + ending, content)
+    data.say(" ".join(path + ending for ending in contents), "stdout")
 
 
 def read_photo(file: Path, behind: str = "white") -> PIL.Image.Image:
@@ -922,15 +918,6 @@ def read_exif(file: Path) -> bytes:
     except Exception as error:  # as for the pixels: a broken file can raise anything
         data.say(f"warning: {file}: its EXIF (date, camera, place) is left out: it cannot be read ({error})")
         return b""
-
-
-def free_pair(base: Path) -> list[Path]:
-    """base-restored.png and base-compare.png, or base-2-..., base-3-...: the first number free for both."""
-    for number in itertools.count(1):
-        stem = base if number == 1 else f"{base}-{number}"
-        pair = [Path(f"{stem}-{kind}.png") for kind in ("restored", "compare")]
-        if not any(path.exists() for path in pair):
-            return pair
 
 
 def central_mask(photo: PIL.Image.Image, options: dict) -> torch.Tensor:
