@@ -8,6 +8,7 @@
 
 import csv
 import errno
+import functools
 import io
 import itertools
 import json
@@ -278,11 +279,6 @@ def test_16_bits_that_look_like_12_are_told_once(brightest, told, capsys):
     assert capsys.readouterr().err == line * told
 
 
-def test_what_is_no_picture_is_told_in_the_same_words_each_time():
-    with pytest.raises(InputError, match=r"^not a picture that can be read \([\w ]+\)$"):
-        data.open_photo(b"no picture")
-
-
 def test_exif_orientation_turns_the_picture_upright():
     image, exif = Image.new("RGB", (60, 40), "black"), Image.Exif()
     image.paste("white", (0, 0, 60, 20))
@@ -461,7 +457,7 @@ def test_up_to_5_percent_of_broken_pictures_are_left_out_and_named(packed, capsy
     assert torch.equal(data.load_images(path, 32), whole)
     told = capsys.readouterr().err
     assert "2 of 60 pictures are broken and left out" in told
-    assert "007.jpg: not a picture" in told
+    assert re.search(r"007.jpg: not a picture that can be read \([\w ]+\)[;\n]", told), "no address in memory"
     assert "050.jpg: " in told
     assert torch.equal(data.load_images(path, 32), whole), "from the cache"
     assert "2 of 60 pictures are broken and left out" in capsys.readouterr().err
@@ -531,14 +527,13 @@ def test_a_cache_that_cannot_be_kept_is_a_warning_that_names_the_place(how, monk
 # === data.py: writing =============================================================================
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_file_is_written_whole_or_not_at_all(error, tmp_path, monkeypatch):
-    data.save(tmp_path / "f", b"old")
-    monkeypatch.setattr(os, "fsync", failing(error))
-    with pytest.raises(type(error)):
-        data.save(tmp_path / "f", b"new")
-    assert (tmp_path / "f").read_bytes() == b"old"
-    assert len(list(tmp_path.iterdir())) == 1
+def test_a_file_whose_writing_is_stopped_by_ctrl_c_is_as_it_was_before(monkeypatch):
+    data.save("f", b"old")
+    monkeypatch.setattr(os, "fsync", failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        data.save("f", b"new")
+    assert Path("f").read_bytes() == b"old"
+    assert len(list(Path().iterdir())) == 1
 
 
 @pytest.mark.parametrize("times, moved", [(3, True), (99, False)])
@@ -638,18 +633,6 @@ def test_the_progress_line_is_written_over_never_wraps_and_is_wiped_away(monkeyp
     assert last == "done\n"
 
 
-@pytest.mark.parametrize("screen", ["stdout", "stderr"])
-@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space"), ValueError()])
-def test_a_line_that_cannot_be_printed_ends_nothing(screen, error, monkeypatch):
-    gone = SimpleNamespace(write=failing(error), flush=lambda: None, isatty=lambda: False)
-    monkeypatch.setattr(sys, screen, gone)
-    monkeypatch.setitem(data.screen_line, "time", 0.0)
-    data.progress("soon")
-    for _ in range(2):
-        data.say("a line", screen)
-    assert getattr(sys, screen) is None, "it is let go, so that Python's exit does not meet it again"
-
-
 # === models.py ====================================================================================
 
 HOLE = data.center_hole(64, 0.3)
@@ -730,16 +713,11 @@ def test_augment_is_its_formula_picture_by_picture(faces):
     assert torch.equal(models.augment(pictures, torch.full((5, 5), 0.5), "jitter"), pictures)
 
 
-def test_augment_lets_the_gradient_through_and_reaches_its_bounds():
+@pytest.mark.parametrize("chance", [0.0, 0.8])
+def test_augment_lets_the_gradient_through(chance):
     picture = torch.rand(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
-    for chance in (torch.zeros(2, 5), torch.full((2, 5), 0.8)):
-        change = lambda x: models.augment(x, chance, "color+shift")  # noqa: E731
-        assert torch.autograd.gradcheck(change, (picture,), fast_mode=True)
-    corner = torch.zeros(1, 3, 64, 64)
-    corner[..., 20, 30] = 1
-    for kind, far in (("color+shift", 8), ("jitter", 1)):
-        chance = torch.tensor([[0.5, 0.5, 0.5, 0.0, 1.0]])
-        assert (models.augment(corner, chance, kind) > 0.5).nonzero()[0, 2:].tolist() == [20 + far, 30 - far]
+    change = functools.partial(models.augment, chance=torch.full((2, 5), chance), kind="color+shift")
+    assert torch.autograd.gradcheck(change, (picture,), fast_mode=True)
 
 
 @pytest.mark.parametrize("build", NETWORKS, ids=["unet", "batch norm", "group norm"])
@@ -823,34 +801,20 @@ def test_ssim_is_the_definition_window_by_window(name):
     assert abs(losses.ssim(pair[0].double(), pair[1].double()).item() - expected.mean()) < 1e-12
 
 
-def test_ssim_has_closed_forms_is_symmetric_at_most_1_negative_for_a_negative_and_free_of_the_range(faces):
-    other, noise, flat = faces.roll(1, 0), torch.rand(2, 3, 32, 32), torch.ones(1, 3, 32, 32)
-    for a, b, expected in ((1, 0.8, 0.975611), (1, 0, 9.999e-5), (0, 0, 1), (0.3, 0.3, 1)):
-        assert abs(losses.ssim(a * flat, b * flat).item() - expected) < 2e-6
+def test_ssim_is_free_of_the_range_and_dssim_is_half_of_its_distance_from_1(faces):
+    other = faces.roll(1, 0)
     values = losses.ssim(faces, other)
-    assert (losses.ssim(noise, 1 - noise) < -0.9).all()
-    assert torch.allclose(values, losses.ssim(other, faces), atol=1e-6) and values.max() < 1
-    assert torch.allclose(losses.ssim(faces, faces), torch.ones(24), atol=1e-6)
     assert torch.allclose(losses.ssim(faces * 255, other * 255, data_range=255), values, atol=1e-6)
     assert torch.allclose(losses.dssim(faces, other), (1 - values.mean()) / 2)
 
 
-def test_ssim_is_float32_under_autocast_keeps_float64_and_trains_where_no_autocast_is(faces, monkeypatch):
-    x, y = faces[:2].clone().requires_grad_(), faces[2:4]
+def test_ssim_is_float32_under_autocast_and_keeps_float64(faces):
+    x, y = faces[:2], faces[2:4]
     expected = losses.dssim(x, y)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(losses.dssim(x, y), expected)
     assert losses.ssim(y.bfloat16(), y).dtype == torch.float32
     assert losses.ssim(y.double(), y.double()).dtype == torch.float64
-
-    def refuse(*args, **kwargs):
-        raise RuntimeError("User specified an unsupported autocast device_type")
-
-    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device_type: False)
-    monkeypatch.setattr(torch, "autocast", refuse)  # as on a Mac with PyTorch 2.4
-    found = losses.dssim(x, y)
-    found.backward()
-    assert torch.equal(found, expected) and x.grad.abs().sum() > 0
 
 
 def test_the_gradient_of_ssim_is_right_and_finite_on_flat_pictures():
@@ -885,12 +849,6 @@ def test_psnr_refuses_what_the_paper_probably_did_and_ssim_what_has_no_whole_win
     for pair in ((x, torch.zeros(1, 3, 11, 10)), (torch.zeros(1, 3, 11, 10), x)):
         with pytest.raises(ValueError, match=message):
             metric(*pair)
-
-
-def test_a_good_restoration_scored_on_the_wrong_scale_looks_like_a_black_picture_about_6_db(faces):
-    restored, black = 0.98 * faces + 0.01, losses.psnr(torch.zeros_like(faces), faces).mean()
-    wrong = 10 * torch.log10(255**2 / (restored - faces * 255).square().mean((1, 2, 3)))  # [0, 1] on [0, 255]
-    assert losses.psnr(restored, faces).mean() > 30 and abs(wrong.mean() - black) < 0.1 and 4 < black < 8
 
 
 def test_measure_has_a_row_for_each_metric_and_only_the_area_parts_two_of_them(faces):
@@ -1006,15 +964,6 @@ def test_swd_prefers_other_faces_to_blurred_ones_where_psnr_does_not(monkeypatch
     apart = [losses.swd(x, drawn[300:], mask) for x in (real, blurred)]
     assert 0 < apart[0] < 0.5 * apart[1]
     assert losses.psnr(real, drawn[300:]).mean() < losses.psnr(blurred, drawn[300:]).mean()
-
-
-@pytest.mark.parametrize("away, seen", [(6, True), (7, False)])
-def test_swd_sees_the_hole_and_6_pixels_around_it(away, seen, faces):
-    low, high = 23 - away, 40 + away  # what lies less than `away` pixels from the hole keeps its values
-    near = data.box_mask(torch.tensor([[low, low, high, high]]), 64)
-    other, odd = smooth(faces, 1), torch.rand_like(faces)
-    for pair in ((data.paste(other, odd, near), faces), (other, data.paste(faces, odd, near))):
-        assert (losses.swd(*pair, HOLE) != losses.swd(other, faces, HOLE)) == seen
 
 
 def test_sharpness_is_2_for_twice_the_contrast_counts_both_directions_and_sees_only_the_hole(faces):
@@ -1376,7 +1325,7 @@ def test_a_run_stopped_and_resumed_ends_bit_for_bit_like_one_that_was_not(model,
     assert_same_run("whole", "half done")
 
 
-@pytest.mark.parametrize("model, kills", [("unet", 1), ("gan", 1), pytest.param("gan", 20, marks=slow)])
+@pytest.mark.parametrize("model, kills", [("unet", 1), pytest.param("gan", 20, marks=slow)])
 def test_a_run_killed_at_random_moments_goes_on_each_time(model, kills):
     write_photos("photos", *((40, 40) if kills == 1 else (150, 200)), ".png")
     words = ["--data", "photos", "--model", model, "--epochs", 3 if kills == 1 else 25, *TINY]
@@ -1458,47 +1407,42 @@ def test_a_full_disk_stops_the_run_with_a_line_and_keeps_the_previous_checkpoint
     assert not list(Path("run").glob(".*"))
 
 
-@pytest.mark.parametrize("how", ["once", "always"])
-@pytest.mark.parametrize("name", SHOWN)
-def test_a_file_that_only_shows_the_run_never_ends_it(name, how, monkeypatch, capsys):
-    save, tries = data.save, itertools.count()
+@pytest.mark.parametrize("how, warned", [("once", 5), ("always", 15)])
+def test_files_that_only_show_the_run_never_end_it_and_a_resume_writes_them(how, warned, monkeypatch, capsys):
+    save, refused = data.save, []
 
-    def refused(path, content):
-        if Path(path).name == name and (how == "always" or next(tries) == 0):
+    def save_or_refuse(path, content):
+        if Path(path).name in SHOWN and (how == "always" or path not in refused):
+            refused.append(path)
             raise PermissionError(13, "Permission denied", str(path))
         save(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "save", refused)
+        patch.setattr(data, "save", save_or_refuse)
         assert command("--epochs", 3, "--out", "run", *TINY) == 0
     told = complaints(capsys.readouterr().err)
-    assert all(f"warning: {Path('run', name)} cannot be written (Permission denied)" in line for line in told)
-    at_the_start = name in ("results.json", "grid.png")
-    assert len(told) == (1 if how == "once" or name == "training.gif" else 3 + at_the_start)
-    assert last_state("run")["epoch"] == 3
-    assert len(last_state("run")["log"]) == 3
-    missing = how == "always" or name == "training.gif"
-    assert {file.name for file in Path("run").iterdir()} == FILES - ({name} if missing else set())
-    assert name == "log.csv" and missing or len(read_csv("run/log.csv")) == 3
+    assert len(refused) == len(told) == warned
+    for path, line in zip(refused, told):
+        assert f"warning: {path} cannot be written (Permission denied)" in line
+    assert last_state("run")["epoch"] == len(last_state("run")["log"]) == 3
+    missing = SHOWN if how == "always" else {"training.gif"}
+    assert {file.name for file in Path("run").iterdir()} == FILES - set(missing)
     assert command("--resume", "run", "--device", "cpu") == 0
-    assert {file.name for file in Path("run").iterdir()} == FILES, "a resume writes what is missing"
+    assert {file.name for file in Path("run").iterdir()} == FILES
+    assert len(read_csv("run/log.csv")) == 3
 
 
-RARE_SCREENS = [pytest.param(screen, marks=slow) for screen in (">&-", "2>&-", "2> /dev/full")]
+RARE_SCREENS = [pytest.param(screen, marks=slow) for screen in ("| head -1", ">&-", "2>&-", "2> /dev/full")]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("screen", ["> /dev/full", "| head -1", *RARE_SCREENS])
-def test_a_screen_that_takes_no_line_ends_no_training_and_no_photo(screen, tiny_run):
-    shutil.copy(tiny_run / "generator.pt", "g.pt")
-    write_photos("in", 2, 40)
-    for words in (["--epochs", 2, "--out", "run", *TINY], ["--restore", "in", "--checkpoint", "g.pt"]):
-        process = started(f'"$@" {screen}', *words)
-        _, complaint = process.communicate()
-        assert process.returncode == 0, complaint
-        assert not complaints(complaint)
+@pytest.mark.parametrize("screen", ["> /dev/full", *RARE_SCREENS])
+def test_a_screen_that_takes_no_line_ends_no_training(screen):
+    process = started(f'"$@" {screen}', "--epochs", 2, "--out", "run", *TINY)
+    _, complaint = process.communicate()
+    assert process.returncode == 0, complaint
+    assert not complaints(complaint)
     assert last_state("run")["epoch"] == 2
-    assert len(list(Path("restored").iterdir())) == 4
 
 
 def test_a_data_set_of_ten_pictures_and_a_batch_larger_than_it_train():
@@ -1719,35 +1663,25 @@ def drawn(*size, seed=9):
     return data.to_picture(data.synthetic_faces(1, 128, seed)[0]).resize(size)
 
 
-KINDS = {"1 x 1": (1, 1), "portrait": (97, 201), "landscape": (333, 100), "large": (1300, 801)}
-KINDS |= dict.fromkeys(["palette", "16 bit", "cmyk", "EXIF turned", "transparent"], (90, 120))
+SIZES = [(1, 1), (97, 201), (333, 100), (1300, 801), pytest.param((5000, 3000), marks=slow)]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, pytest.param("5000 x 3000", marks=slow)])
-def test_a_photo_of_any_size_and_kind_is_restored_and_its_known_pixels_are_the_same_bits(kind, tiny_run):
-    face, exif = drawn(*KINDS.get(kind, (5000, 3000))), Image.Exif()
-    exif[0x0112], turns = (8, 1) if kind == "EXIF turned" else (1, 0)
-    expected = np.rot90(np.asarray(face), turns)
-    if kind == "16 bit":
-        face = Image.fromarray(np.asarray(face.convert("L")).astype(np.uint16) * 257)
-        expected = (np.asarray(face) // 257)[..., None].repeat(3, 2)
-    elif kind == "transparent":  # the upper half lets its ground be seen, which is white
-        face.putalpha(Image.fromarray(np.repeat(np.uint8([0, 255]), 60)[:, None].repeat(90, 1)))
-        expected = np.where(np.arange(120)[:, None, None] < 60, 255, expected)
-    elif kind in ("palette", "cmyk"):
-        face = face.convert({"palette": "P", "cmyk": "CMYK"}[kind])
-        expected = np.asarray(face.convert("RGB"))
-    name = {"palette": "p.gif", "cmyk": "p.jpg", "EXIF turned": "p.jpg"}.get(kind, "p.png")
-    face.save(name, exif=exif)
-    before = pixels_of(name)
-    assert np.abs(before - expected.astype(float)).mean() <= (5 if name == "p.jpg" else 0)
-    assert restore(tiny_run, name) == 0
-    after, known = pixels_of("restored/p-restored.png"), np.ones(before.shape[:2], bool)
-    square = min(known.shape)
-    top, left = ((length - square) // 2 + round(square * 11 / 32) for length in known.shape)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_photo_of_any_size_is_restored_upright_and_its_known_pixels_are_the_same_bits(size, tiny_run):
+    face = drawn(*size)
+    face.putalpha(Image.linear_gradient("L").resize(size))  # what is transparent becomes white
+    exif = Image.Exif()
+    exif[0x0112] = 8  # lying on its side
+    face.save("p.png", exif=exif)
+    before = pixels_of("p.png")
+    assert restore(tiny_run, "p.png") == 0
+    after = pixels_of("restored/p-restored.png")
+    assert after.shape == before.shape == (size[0], size[1], 3)
+    square = min(size)
+    top, left = ((length - square) // 2 + round(square * 11 / 32) for length in size)
     side = max(1, round(square * 10 / 32))  # 0.3 of 32 pixels are 10, from pixel 11 on
+    known = np.ones(size, bool)
     known[top : top + side, left : left + side] = False
-    assert after.shape == before.shape
     assert (after[known] == before[known]).all()
     assert (after[~known] != before[~known]).any()
     assert Path("restored/p-compare.png").exists()
@@ -1820,14 +1754,12 @@ def test_a_photo_of_the_networks_size_is_shown_and_painted_as_by_evaluate_to_the
     assert data.to_picture(restored) == data.to_picture(data.paste(painted, image, hole)[0])
 
 
-@pytest.mark.parametrize("box", [None, (67, 60, 57, 57), (0, 100, 57, 20), (128, 135, 13, 57)])
+@pytest.mark.parametrize("box", [(67, 60, 57, 57), (0, 100, 57, 20), (128, 135, 13, 57)])
 def test_a_hole_anywhere_in_a_larger_photo_is_shown_where_it_was_in_training(box, faces, shown):
     (ema, options), photo = network(), F.interpolate(faces[:1], scale_factor=3)[0]
-    mask = inpaint.central_mask(data.to_picture(photo), options)
-    top, left, tall, wide = box or (66, 66, 57, 57)  # a bounding square of 57 = 3 * 19 pixels
-    if box:
-        mask = torch.zeros_like(mask)
-        mask[:, top : top + tall, left : left + wide] = 1
+    top, left, tall, wide = box  # in a bounding square of 57 = 3 * 19 pixels
+    mask = torch.zeros(1, 192, 192)
+    mask[:, top : top + tall, left : left + wide] = 1
     inpaint.fill(ema, options, photo, mask)
     ((damaged, hole),) = shown
     assert torch.equal(hole, data.center_hole(64, 0.3))
@@ -1847,11 +1779,6 @@ def test_a_network_for_photos_is_handed_the_mask_as_it_is_and_sees_the_same_squa
     ((damaged, hole),) = shown
     assert torch.equal(hole[0], mask)
     assert (damaged[0] - data.damage(faces[0], mask)).abs().max() < 1e-6
-    for wild in (True, False):
-        options = {"res": 64, "hole": 0.3, "wild": wild}  # 19 pixels from 22 on
-        assert inpaint.view(options, (22, 22, 41, 41)) == (0, 0, 1)
-        assert inpaint.view(options, (100, 50, 138, 88)) == (6, 56, 2)
-        assert inpaint.view(options, (100, 60, 138, 70)) == (2, 56, 2), "as if it were square"
 
 
 @pytest.mark.parametrize("box", [(0, 0, 57, 57), (150, 0, 42, 192), (60, 135, 57, 57)])
@@ -2057,36 +1984,27 @@ def test_a_photo_may_have_any_name(tiny_run):
     assert found == {f"{Path(name).stem}-restored.png" for name in names}
 
 
-FAILURES = {  # what raises what for one photo of ten, and what is said of it
-    "gone": (Path, "read_bytes", FileNotFoundError(2, "No such file", "in/004.jpg"), "does not exist"),
-    "broken": (data, "open_photo", None, "in/004.jpg: not a picture"),
-    "unreadable": (Path, "read_bytes", PermissionError(13, "Denied", "in/004.jpg"), "see who may read it"),
-    "disk full": (data, "save", OSError(28, "No space left", "restored/004-restored.png"), "No space left"),
-}
+def test_photos_that_fail_are_named_with_the_reason_and_others_are_restored(tiny_run, capsys, monkeypatch):
+    write_photos("in", 6, 40)
+    Path("in/001.jpg").write_bytes(b"broken")
+    forbid(monkeypatch, Path, "read_bytes", "002.jpg")
+    save = data.save
 
+    def save_or_fail(path, content):
+        if path.name == "003-restored.png":
+            raise OSError(28, "No space left", str(path))
+        save(path, content)
 
-@pytest.mark.parametrize("kind", FAILURES)
-def test_of_ten_photos_one_fails_and_is_named_and_nine_are_restored(kind, tiny_run, capsys, monkeypatch):
-    owner, name, error, advice = FAILURES[kind]
-    write_photos("in", 10, 40)
-    whole = getattr(owner, name)
-
-    def function(path, *rest, **more):
-        if error and "004" in Path(path).name:
-            raise error
-        return whole(path, *rest, **more)
-
-    monkeypatch.setattr(owner, name, function)
-    if kind == "broken":
-        Path("in/004.jpg").write_bytes(b"broken")
+    monkeypatch.setattr(data, "save", save_or_fail)
     capsys.readouterr()
-    assert restore(tiny_run, "in") == 2
-    assert len(list(Path("restored").glob("*-restored.png"))) == 9
-    told = capsys.readouterr().err
-    assert "9 of 10" in told
-    assert "004" in told
-    assert advice in told
-    assert told.count("\n") == 1
+    assert restore(tiny_run, "in", "in/gone.jpg") == 2
+    assert len(list(Path("restored").glob("*-restored.png"))) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "3 of 7 photos are restored" in line
+    assert "in/001.jpg: not a picture" in line
+    assert "in/002.jpg cannot be read (Permission denied): see who may read it" in line
+    assert "No space left: 'restored/003-restored.png'" in line
+    assert "in/gone.jpg does not exist" in line
 
 
 # === inpaint.py: the command, and what it refuses =================================================
@@ -2136,8 +2054,8 @@ def test_a_cpu_trains_in_bfloat16_only_where_that_is_faster(monkeypatch):
     assert inpaint.choose_precision("bfloat16", CPU) == "bfloat16"
 
 
-def test_a_mac_with_pytorch_2_4_trains_without_autocast(monkeypatch, capsys):
-    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False)
+def test_without_autocast_float32_trains_and_bfloat16_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False)  # as PyTorch 2.4 on a Mac
     monkeypatch.setattr(torch, "autocast", failing(RuntimeError("unsupported autocast device_type 'mps'")))
     words = ["--loss", "l1+dssim+adversarial", "--epochs", 1, "--out", "run", *TINY, "--precision"]
     assert command(*words, "float32") == 0
@@ -2228,7 +2146,7 @@ BAD_VALUES = {
     "res": "0 -64 7 63 1024 64.5", "hole": "0 1.1 -0.1 nan x", "val": "0 1.5 nan", "epochs": "0 -1 1.5 x",
     "batch": "0 -8 1.5", "width": "0 -4 1025", "depth": "0 -1 10", "limit": "0 257", "lr": "0 -0.1 nan inf",
     "hole-weight": "0 nan inf", "seed": "-1 9e9", "device": "tpu", "act": "gelu", "model": "vae",
-    "fake": "all", "precision": "half", "colour": "red", "loss": "l3 l1+l1 0*l1", "augment": "more",
+    "fake": "all", "precision": "half", "colour": "red", "loss": "l3", "augment": "more",
     "norm": "layer",
 }  # fmt: skip
 REFUSED = {  # words: a part of the line
