@@ -421,15 +421,6 @@ def test_a_linked_folder_is_followed_and_a_link_back_is_not():
     assert [name for name, _ in data.find_pictures(Path("d"))] == ["000.jpg", "linked/deep/000.jpg"]
 
 
-def test_two_entries_of_one_name_in_a_zip_are_two_pictures():
-    with zipfile.ZipFile("d.zip", "w") as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zipfile warns of the second
-        for colour in ("red", "blue"):
-            archive.writestr("a.png", encoded(Image.new("RGB", (20, 20), colour)))
-    pixels = data.load_images("d.zip", 32)
-    assert pixels[:, :, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]]
-
-
 @no_windows
 def test_a_link_to_nothing_is_named_as_that_and_other_kinds_may_point_anywhere():
     photos(2)
@@ -437,13 +428,6 @@ def test_a_link_to_nothing_is_named_as_that_and_other_kinds_may_point_anywhere()
     assert len(data.load_images("d", 32)) == 2
     Path("d/lost.jpg").symlink_to("nothing")
     with pytest.raises(InputError, match="d/lost.jpg cannot be read: it points to nothing"):
-        data.load_images("d", 32)
-
-
-def test_a_folder_that_cannot_be_searched_is_refused_and_not_passed_over(monkeypatch):
-    write_photos(photos(2) / "closed", 2)
-    forbid(monkeypatch, os, "scandir", "closed")
-    with pytest.raises(InputError, match="closed cannot be read"):
         data.load_images("d", 32)
 
 
@@ -480,25 +464,25 @@ def test_a_damaged_entry_of_a_zip_is_a_broken_picture(capsys):
     assert "1 of 30 pictures are broken" in capsys.readouterr().err
 
 
-def test_a_picture_that_cannot_be_read_stops_with_its_name_and_is_not_kept_as_broken(monkeypatch):
-    photos(30)
+@pytest.mark.parametrize("owner, name, place", [(Path, "read_bytes", "013.jpg"), (os, "scandir", "closed")])
+def test_what_cannot_be_read_stops_with_its_name_and_is_not_left_out(owner, name, place, monkeypatch):
+    write_photos(photos(30) / "closed", 2)
     with monkeypatch.context() as patch:
-        forbid(patch, Path, "read_bytes", "013.jpg")
-        with pytest.raises(InputError, match=r"013.jpg cannot be read \(Permission denied\)"):
+        forbid(patch, owner, name, place)
+        with pytest.raises(InputError, match=rf"{place} cannot be read \(Permission denied\)"):
             data.load_images("d", 32)
     assert not cache_files()
-    assert len(data.load_images("d", 32)) == 30
+    assert len(data.load_images("d", 32)) == 32
 
 
-@pytest.mark.parametrize("harm", ["missing", "cut", "empty", "half"])
-def test_a_cache_that_is_not_whole_is_made_anew(harm):
+def test_a_cache_that_is_not_whole_is_made_anew():
     first = data.load_images(photos(4), 32).clone()
     (file,) = cache_files()
     whole = file.read_bytes()
-    cases = {"cut": whole[:-1], "empty": b"", "half": whole[: len(whole) // 2]}
-    file.unlink() if harm == "missing" else file.write_bytes(cases[harm])
-    assert torch.equal(data.load_images("d", 32), first)
-    assert file.read_bytes() == whole
+    for content in (b"", whole[:-1], whole[: len(whole) // 2]):
+        file.write_bytes(content)
+        assert torch.equal(data.load_images("d", 32), first)
+        assert file.read_bytes() == whole
 
 
 def test_a_changed_file_makes_its_own_cache_stale_and_no_other():
@@ -514,12 +498,8 @@ def test_a_changed_file_makes_its_own_cache_stale_and_no_other():
     assert len(new) == len(old) == 3
 
 
-@pytest.mark.parametrize("how", ["a file in its place", "a full disk"])
-def test_a_cache_that_cannot_be_kept_is_a_warning_that_names_the_place(how, monkeypatch, capsys):
-    if how == "a full disk":
-        monkeypatch.setattr(os, "fsync", failing(OSError(errno.ENOSPC, "No space left on device")))
-    else:
-        Path("cache").write_text("in the way")
+def test_a_cache_that_cannot_be_kept_is_a_warning_that_names_the_place(monkeypatch, capsys):
+    monkeypatch.setattr(os, "fsync", failing(OSError(errno.ENOSPC, "No space left on device")))
     assert torch.equal(data.load_images(photos(4), 32), each_alone(Path("d"), range(4)))
     assert "warning: no cache can be kept in cache (" in capsys.readouterr().err
 
@@ -741,10 +721,7 @@ def test_dcgan_starts_with_a_standard_deviation_of_two_hundredths_and_no_bias(bu
         assert getattr(layer, "bias", None) is None or (layer.bias == 0).all()
 
 
-def test_smooth_filling_continues_a_plane_exactly_and_keeps_the_known_pixels(faces):
-    y, x = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="ij")
-    plane = (0.3 * x + 0.6 * y).expand(2, 3, 64, 64)
-    assert (models.harmonic(data.damage(plane, HOLE), HOLE) - plane).abs().max() < 1e-5
+def test_smooth_filling_keeps_the_known_pixels_and_takes_any_mask(faces):
     assert torch.equal(models.harmonic(data.damage(faces, HOLE), HOLE) * (1 - HOLE), faces * (1 - HOLE))
     assert torch.equal(models.harmonic(faces, 0 * HOLE), faces)
     assert torch.isfinite(models.harmonic(faces, torch.ones_like(HOLE))).all()
@@ -955,15 +932,6 @@ def test_swd_is_0_for_the_same_set_and_neither_uses_nor_moves_the_random_numbers
     assert losses.swd(faces, faces, HOLE) == 0
     torch.manual_seed(123)
     assert losses.swd(smooth(faces, 1), faces, HOLE) == first > 0
-
-
-def test_swd_prefers_other_faces_to_blurred_ones_where_psnr_does_not(monkeypatch):
-    monkeypatch.setattr(losses, "PATCHES", 3000)
-    drawn, mask = data.synthetic_faces(600, 32, 5).float() / 255, data.center_hole(32, 0.3)
-    real, blurred = drawn[:300], smooth(drawn[300:], 2)
-    apart = [losses.swd(x, drawn[300:], mask) for x in (real, blurred)]
-    assert 0 < apart[0] < 0.5 * apart[1]
-    assert losses.psnr(real, drawn[300:]).mean() < losses.psnr(blurred, drawn[300:]).mean()
 
 
 def test_sharpness_is_2_for_twice_the_contrast_counts_both_directions_and_sees_only_the_hole(faces):
@@ -1359,14 +1327,10 @@ def test_more_epochs_are_not_forgotten_if_stopped_at_once_and_the_film_goes_on(t
     assert Image.open("run/training.gif").n_frames == 4
 
 
-def test_a_run_goes_on_wherever_it_and_its_pictures_are_moved_and_only_with_as_many(tmp_path, capsys):
+def test_a_run_goes_on_wherever_it_and_its_pictures_are_moved(tmp_path, capsys):
     write_photos("in", 12, 40)
-    write_photos("other", 13, 40)
+    more = ["--epochs", 2, "--device", "cpu"]
     assert command("--data", "in", "--epochs", 1, "--out", "run", *TINY) == 0
-    before, more = contents("run"), ["--epochs", 2, "--device", "cpu"]
-    assert command("--resume", "run", "--data", "other", *more) == 2
-    assert "holds 13 pictures, the run in run had 12" in capsys.readouterr().err
-    assert contents("run") == before
     Path("in").rename("moved")
     Path("run").rename("carried")
     assert command("--resume", "carried", *more) == 2
@@ -1611,9 +1575,6 @@ def test_compare_fills_the_table_and_goes_on_where_it_was_stopped(few_rows, monk
     assert len(drawn) == 2, "the data is loaded once a command, not once a row"
     assert command(*COMPARE[:2], 2, *COMPARE[3:], "--res", 64, "--out", "cmp") == 2
     assert "--res 64 contradicts --res 32" in capsys.readouterr().err
-    write_photos("others", 50, 40)
-    assert command(*COMPARE, "--out", "cmp", "--data", "others") == 2
-    assert "holds 50 pictures, the run in cmp" in capsys.readouterr().err
 
 
 def test_the_rows_of_the_table_are_the_papers_six_and_five_more():
@@ -1695,36 +1656,24 @@ def holes():
     return [*found, found[1] | found[2], (x - 100) ** 2 + (y - 150) ** 2 < 40**2]
 
 
-def rim_steps(picture, hole):
-    """Steps across the rim of a hole, and between known neighbours beside the rim (4 pixels)."""
-    near = F.max_pool2d(torch.from_numpy(hole)[None, None].float(), 9, 1, 4)[0, 0].numpy() > 0
-    across, beside = [], []
-    for flip in (False, True):
-        image, inside, close = (a.swapaxes(0, 1) if flip else a for a in (picture / 1.0, hole, near))
-        step = np.abs(np.diff(image, axis=0)).mean(2)
-        across.append(step[inside[1:] ^ inside[:-1]])
-        beside.append(step[~inside[1:] & ~inside[:-1] & close[1:] & close[:-1]])
-    return np.concatenate(across), np.concatenate(beside)
-
-
 @pytest.mark.parametrize("scale", [1, 2])
 def test_a_mask_says_what_is_missing_wherever_it_is_and_the_join_leaves_no_seam(scale, tiny_run, monkeypatch):
-    # What is painted has no step of its own, and colours far from the photo's: a step would be the join's.
-    ramp = torch.linspace(0.2, 0.7, 32).expand(1, 3, 32, 32)
-    monkeypatch.setattr(inpaint, "run_ema", lambda *_: ramp.clone())
-    found = []
-    for n, hole in enumerate(holes()):
-        face = drawn(200, 300, seed=n + 12)
-        face.save(f"{n}.png")
+    painted = (0.3 + 0.2 * torch.linspace(0, 12, 32).sin()).expand(1, 3, 32, 32)  # waves, of other colours
+    monkeypatch.setattr(inpaint, "run_ema", lambda *_: painted.clone())
+    y, x = np.mgrid[:300, :200]
+    before = (200 - x / 2 - y / 4).astype(np.uint8)[..., None].repeat(3, 2)
+    before[..., 0] //= 2
+    Image.fromarray(before).save("me.png")
+    for number, hole in enumerate(holes(), 1):
         Image.fromarray(hole[::scale, ::scale]).save("m.png")  # a mask may be smaller than its photo
         hole = hole[::scale, ::scale].repeat(scale, 0).repeat(scale, 1)
-        assert restore(tiny_run, f"{n}.png", "--mask", "m.png") == 0
-        before, after = np.asarray(face), pixels_of(f"restored/{n}-restored.png")
-        assert (before[~hole] == after[~hole]).all()
-        assert (before[hole] != after[hole]).any()
-        found.append(rim_steps(after, hole))
-    across, beside = (np.concatenate(part).mean() for part in zip(*found))
-    assert across <= 1.5 * beside
+        assert restore(tiny_run, "me.png", "--mask", "m.png", "--out", number) == 0
+        after = pixels_of(f"{number}/me-restored.png")
+        changed = np.abs(after.astype(float) - before).max(2)
+        assert (changed[~hole] == 0).all()
+        assert changed[hole].any()
+        beside = F.max_pool2d(torch.from_numpy(~hole)[None].float(), 3, 1, 1)[0].numpy() > 0
+        assert changed[hole & beside].mean() < 2, "the first pixels inside continue the last ones outside"
 
 
 @pytest.fixture
@@ -1935,53 +1884,27 @@ def test_of_a_mask_painted_on_a_larger_scan_no_pixel_is_lost():
         assert torch.equal(mask, expected)
 
 
-REFUSED_MASKS = {
-    "all black": Image.new("L", (90, 120)), "all white": Image.new("1", (90, 120), 1),
-    "90 x 200": Image.new("L", (90, 200)), "89 x 117, the photo 90 x 120": Image.new("L", (89, 117), 255),
-    "180 x 236": Image.new("L", (180, 236), 255), "black: white is": Image.new("LA", (90, 120), (255, 0)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("words, mask", REFUSED_MASKS.items())
-def test_a_mask_that_cannot_be_meant_is_refused(words, mask, tiny_run, capsys):
-    drawn(90, 120).save("me.png")
-    mask.save("m.png")
-    capsys.readouterr()
-    assert restore(tiny_run, "me.png", "--mask", "m.png") == 2
-    assert not list(Path("restored").iterdir())
-    told = capsys.readouterr().err
-    assert "--mask m.png" in told
-    assert words in told
-    assert told.count("\n") == 1
-
-
-def test_in_a_folder_only_outputs_are_passed_over_and_nothing_is_overwritten(tiny_run, capsys):
-    write_photos("in", 2, 40)
+def test_photos_of_any_name_are_restored_but_no_outputs_and_nothing_is_overwritten(tiny_run, capsys):
+    Path("in").mkdir()
+    photos_there = ["[1] ä.jpg", "a.b.jpg"]
+    for name in photos_there:
+        drawn(40, 40).save(Path("in", name))
     Path("in/2.heic").touch()
     assert restore(tiny_run, "in", "--out", "in") == 0
     assert "in: 1 files of other kinds are skipped (1 .heic)" in capsys.readouterr().err
     first = {file: file.read_bytes() for file in Path("in").iterdir()}
     assert restore(tiny_run, "in", "--out", "in") == 0
     kinds = [f"{number}-{kind}.png" for number in ("", "-2") for kind in ("restored", "compare")]
-    names = {stem + kind for stem in ("000", "001") for kind in kinds}
-    assert {file.name for file in Path("in").iterdir()} == names | {"000.jpg", "001.jpg", "2.heic"}
+    names = {Path(name).stem + kind for name in photos_there for kind in kinds}
+    assert {file.name for file in Path("in").iterdir()} == {*names, *photos_there, "2.heic"}
     assert all(file.read_bytes() == content for file, content in first.items())
-    assert restore(tiny_run, "in/000-restored.png") == 0  # named by its user, it is restored once more
-    assert Path("restored/000-restored-restored.png").exists()
-    Path("restored/000-restored-compare.png").unlink()
-    assert restore(tiny_run, "in/000-restored.png") == 0
-    assert Path("restored/000-restored-2-compare.png").exists(), "two that belong together have one number"
+    assert restore(tiny_run, "in/a.b-restored.png") == 0  # named by its user, it is restored once more
+    assert Path("restored/a.b-restored-restored.png").exists()
+    Path("restored/a.b-restored-compare.png").unlink()
+    assert restore(tiny_run, "in/a.b-restored.png") == 0
+    assert Path("restored/a.b-restored-2-compare.png").exists(), "two that belong together have one number"
     assert restore(tiny_run, "restored") == 2  # there is no other picture in it
     assert "restored holds only pictures that this program wrote" in capsys.readouterr().err
-
-
-def test_a_photo_may_have_any_name(tiny_run):
-    names = ["a b.jpg", "[1].jpg", "ä ÿ.jpg", "a.b.jpg", "none"]
-    for name in names:
-        drawn(40, 40).save(name, "JPEG")
-    assert restore(tiny_run, *names) == 0
-    found = {file.name for file in Path("restored").glob("*-restored.png")}
-    assert found == {f"{Path(name).stem}-restored.png" for name in names}
 
 
 def test_photos_that_fail_are_named_with_the_reason_and_others_are_restored(tiny_run, capsys, monkeypatch):
@@ -2118,16 +2041,19 @@ class Evil:
 def traps(tmp_path, tiny_run, monkeypatch):
     """Every wrong input that the table below names, in the working directory."""
     write_photos("good", 4, 40)
-    for name in ("empty", "text", "jpg", "half"):
+    for name in ("empty", "text", "half"):
         Path(name).mkdir()
-    for name in ("text/a.txt", "jpg/a.jpg", "file"):
+    for name in ("text/a.txt", "file"):
         Path(name).write_text("no picture")
     good = (tiny_run / "generator.pt").read_bytes()
-    raw = {"good": good, "half/last": good[: len(good) // 2], "cut": good[: len(good) // 2], "empty": b""}
-    raw |= {"pickle": pickle.dumps(Evil())}
+    raw = {"good": good, "half/last": good[: len(good) // 2], "pickle": pickle.dumps(Evil())}
     for name, content in raw.items():
         Path(f"{name}.pt").write_bytes(content)
     Path("cut.zip").write_bytes(zip_folder(Path("good")).read_bytes()[:-30])
+    masks = {"black": Image.new("L", (40, 40)), "white": Image.new("1", (40, 40), 1)}
+    masks |= {"clear": Image.new("LA", (40, 40), (255, 0)), "tall": Image.new("L", (40, 90))}
+    for name, mask in masks.items():
+        mask.save(f"{name}.png")
     state = torch.load("good.pt", weights_only=True)
     wrong = {"other": {"weights": torch.rand(3)}, "list": [1, 2], "none": state | {"options": None}}
     wrong |= {"version": state | {"kind": "face inpainting checkpoint"}, "evil": state | {"kind": Evil()}}
@@ -2152,7 +2078,10 @@ BAD_VALUES = {
 REFUSED = {  # words: a part of the line
     **{f"--{name}={value}": f"--{name}" for name, values in BAD_VALUES.items() for value in values.split()},
     **{f"--evaluate {name}.pt": "no checkpoint of this program, or damaged" for name in (
-        "empty cut pickle evil other list none version width batch depth").split()},
+        "pickle evil other list none version width batch depth").split()},
+    **{f"--restore good/000.jpg --checkpoint good.pt --mask {name}.png": f"--mask {name}.png is {what}"
+        for name, what in {"black": "all black: white is", "clear": "all black: white is",
+            "white": "all white", "tall": "40 x 90, the photo 40 x 40"}.items()},
     "--evaluate file": "no checkpoint", "--evaluate nothing.pt": "nothing.pt cannot be read (No such file",
     "--evaluate run": "run cannot be read (Is a directory): give the generator.pt",
     "--evaluate=": "--evaluate is empty",
@@ -2160,7 +2089,6 @@ REFUSED = {  # words: a part of the line
     "--evaluate good.pt --data nowhere": "does not exist", "--evaluate good.pt --compare": "not allowed with",
     "--data nowhere": "nowhere does not exist", "--data empty": "holds no picture", "--data=": "is empty",
     "--data text": "holds no picture (.jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff); it holds 1 .txt",
-    "--data jpg": "1 of 1 pictures are broken, the first are a.jpg: not a picture",
     "--data file": "file is no zip", "--data cut.zip": "cut.zip is no zip, or is cut off",
     "--data good --val 0.01": "leaves 4 to train on and 0", "--data good --val 0.8": "leaves 1 to train",
     "--val 1": "leaves 0 to train", "--hole 0.001": "0 pixels wide", "--hole 0.999": "32 pixels wide",
@@ -2206,40 +2134,33 @@ def test_a_mistake_is_refused_in_one_clear_line_and_nothing_is_written(words, tr
     assert (contents(traps), set(traps.rglob("*"))) == before
 
 
-def mutate(content, chances):
-    """Bits flipped, bytes cut out, or a part copied over another."""
-    raw, way = bytearray(content), chances.randrange(3)
-    place, other, size = chances.randrange(len(raw)), chances.randrange(len(raw)), chances.randint(1, 200)
-    for _ in range(size if way == 0 else 0):
-        raw[chances.randrange(len(raw))] ^= 1 << chances.randrange(8)
-    if way == 1:
-        del raw[place : place + chances.randint(1, len(raw))]
-    if way == 2:
-        raw[place : place + size] = raw[other : other + size]
-    return bytes(raw)
+def damaged(content, chances):
+    """The bytes of a file with some of them changed, and perhaps without its end."""
+    raw = bytearray(content)
+    for _ in range(chances.randrange(100)):
+        raw[chances.randrange(len(raw))] = chances.randrange(256)
+    return bytes(raw[: chances.choice([len(raw), chances.randrange(len(raw))])])
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=slow)])
 def test_damaged_files_are_read_or_refused_and_nothing_else(count, tiny_run):
-    for suffix in (".jpg", ".png"):
-        write_photos("whole", 1, 64, suffix)
-    with zipfile.ZipFile("whole/a.zip", "w") as archive:
-        archive.write("whole/000.jpg", "a/b.jpg")
-    shutil.copy(tiny_run / "generator.pt", "whole")
-    files, refused, chances = sorted(Path("whole").iterdir()), set(), random.Random(1)
-    for n in range(count):
-        file = Path(str(n), files[n % 4].name)
+    chances = random.Random(1)
+    whole = {suffix: encoded(drawn(64, 64), kind) for suffix, kind in ((".jpg", "JPEG"), (".png", "PNG"))}
+    whole[".zip"] = photos(1, packed=True).read_bytes()
+    whole[".pt"] = (tiny_run / "generator.pt").read_bytes()
+    refused = set()
+    for number, suffix in zip(range(count), itertools.cycle(whole)):
+        file = Path(str(number), "a" + suffix)
         file.parent.mkdir()
-        file.write_bytes(mutate(files[n % 4].read_bytes(), chances))
+        file.write_bytes(damaged(whole[suffix], chances))
         try:
-            if file.suffix == ".pt":
+            if suffix == ".pt":
                 inpaint.read_checkpoint(file)
             else:
-                data.load_images(file if file.suffix == ".zip" else file.parent, 32, file.parent / "cache")
-        except InputError as error:
-            refused.add(file.suffix)
-            assert str(error)
-    assert refused == {".jpg", ".png", ".pt", ".zip"}
+                data.load_images(file if suffix == ".zip" else file.parent, 32)
+        except InputError:
+            refused.add(suffix)
+    assert refused == set(whole)
 
 
 @slow
