@@ -583,18 +583,12 @@ def test_a_film_shows_five_frames_a_second_and_the_last_one_for_two_seconds():
 
 @pytest.mark.parametrize("middle", [1.0, 0.0, 2.0])
 def test_the_names_in_a_chart_neither_overlap_nor_leave_it(middle, monkeypatch):
-    boxes, write = {}, ImageDraw.ImageDraw.text
-
-    def noted(pen, place, text, fill, font, anchor="la"):
-        boxes[text] = pen.textbbox(place, text, font, anchor)
-        write(pen, place, text, fill, font, anchor)
-
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
+    texts = spied(monkeypatch, ImageDraw.ImageDraw, "text")
     curves = {f"name {i}": [(0, 1), (i % 3, middle + i * 1e-6)] for i in range(14)}
     curves |= {"lost": [(1, math.nan)], "ends": [(0, 2), (1, 0), (2, math.inf)]}
     sheet = data.chart("x", curves)
-    names = sorted((box for text, box in boxes.items() if text in curves), key=lambda box: box[1])
-    assert len(names) == 15
+    boxes = {text: pen.textbbox(place, text, font, *end) for pen, place, text, _, font, *end in texts}
+    names = sorted((boxes[name] for name in curves if name != "lost"), key=lambda box: box[1])
     assert "lost" not in boxes
     assert data.chart("x", {"lost": [(1, math.nan)]}).size == sheet.size
     assert all(above[3] <= below[1] + 1 for above, below in itertools.pairwise(names))
@@ -935,8 +929,10 @@ def test_swd_is_0_for_the_same_set_and_neither_uses_nor_moves_the_random_numbers
 
 
 def test_sharpness_is_2_for_twice_the_contrast_counts_both_directions_and_sees_only_the_hole(faces):
-    column, pictures = torch.arange(64.0).expand(2, 3, 64, 64), [faces, smooth(faces, 0.5), smooth(faces, 2)]
-    stripes, board = column % 2, (column + column.mT) % 2
+    pictures = [faces, smooth(faces, 0.5), smooth(faces, 2)]
+    column = torch.arange(64.0).expand(2, 3, 64, 64)
+    stripes = column % 2
+    board = (column + column.mT) % 2
     pairs = (0.4 * stripes, 0.1 + 0.2 * stripes), (stripes.mT, stripes), (board, stripes), (0 * board, board)
     assert [losses.sharpness(*pair, HOLE) for pair in pairs] == pytest.approx([2, 1, 2, 0])
     values = [losses.sharpness(x, faces, HOLE) for x in pictures]
@@ -985,7 +981,8 @@ def last_state(folder):
 
 
 def test_one_batch_of_32_faces_is_overfitted():
-    (image, mask, chance), run = small_batch(32), fresh(width=16)
+    image, mask, chance = small_batch(32)
+    run = fresh(width=16)
     for step in range(150):
         run.optimizers["generator"].param_groups[0]["lr"] = inpaint.learning_rate(4e-3, step, 150)
         inpaint.training_step(run, image, mask, chance)
@@ -1015,7 +1012,9 @@ def test_a_step_minimises_what_the_loss_says_and_reports_its_terms(loss, monkeyp
 @pytest.mark.parametrize("augment", ["none", "color+shift"])
 @pytest.mark.parametrize("fake", ["restored", "output"])
 def test_the_discriminator_is_shown_originals_and_fakes_each_changed_anew(fake, augment):
-    (image, mask, _), run, shown, painted = small_batch(), fresh("gan", fake=fake, augment=augment), [], []
+    image, mask, _ = small_batch()
+    run = fresh("gan", fake=fake, augment=augment)
+    shown, painted = [], []
     chance = torch.rand(8, 3, 5, generator=torch.Generator().manual_seed(0))
     run.generator.register_forward_hook(lambda network, given, output: painted.append(output))
     run.discriminator.register_forward_pre_hook(lambda network, given: shown.append(given[0]))
@@ -1032,7 +1031,9 @@ def test_both_networks_are_trained_by_adam_with_the_betas_of_dcgan():
 
 
 def test_the_adversarial_loss_moves_the_generator_and_not_the_discriminator_that_judges(monkeypatch):
-    run, update, states = fresh("gan"), inpaint.update, []
+    run = fresh("gan")
+    update = inpaint.update
+    states = []
     judged = spied(monkeypatch, losses, "discriminator_loss")
 
     def spy(optimizer, loss):
@@ -1052,7 +1053,9 @@ def test_the_adversarial_loss_moves_the_generator_and_not_the_discriminator_that
 
 
 def test_the_model_decides_how_weights_start_and_decay_and_the_loss_does_not():
-    gan, l1, unet = fresh("gan"), fresh("gan", "--loss", "l1"), fresh()
+    gan = fresh("gan")
+    l1 = fresh("gan", "--loss", "l1")
+    unet = fresh()
     adversarial = fresh("unet", "--loss", "30*l1+adversarial")
     assert same_weights(gan.generator, l1.generator)
     assert same_weights(unet.generator, adversarial.generator)
@@ -1432,7 +1435,6 @@ def two_processes(rank, folder, model, loss):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     os.chdir(folder)
-    data.SYNTHETIC = 40
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     seen, run = {}, fresh(model, loss=loss)
     inpaint.share_gradients(run)
