@@ -131,12 +131,11 @@ def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor, looks: torc
     with autocast(run.device, options["precision"]):
         output = run.generator(damaged, mask)  # (B, 3, H, W), the whole picture
     if run.discriminator:
-        look = functools.partial(seen, options)
         fake = output if options["judge"] == "output" else data.paste(output, image, mask)
         # (1) The discriminator: a high D(real), a low D(fake). The generator is left out: detach.
-        report = teach_discriminator(run, look(image, looks[:, 0]), look(fake.detach(), looks[:, 1]))
-        # (2) The generator: a high D(fake), judged anew. Both are changed alike, so that features compare.
-        terms = ask_discriminator(run, look(image, looks[:, 2]), look(fake, looks[:, 2]))
+        report = teach_discriminator(run, image, fake.detach(), looks)
+        # (2) The generator: a high D(fake), judged anew. The discriminator's weights are left out.
+        terms = ask_discriminator(run, image, fake, looks[:, 2])
     # With any network: minimise the distance from the original too, if the loss has one.
     terms |= losses.distances(run.loss_weights, output, image, mask, options["hole_weight"])
     update(run.optimizers["generator"], sum(run.loss_weights[name] * term for name, term in terms.items()))
@@ -145,8 +144,10 @@ def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor, looks: torc
     return {name: value.detach() for name, value in (terms | report).items()}
 
 
-def teach_discriminator(run: Run, real: torch.Tensor, fake: torch.Tensor) -> dict:
-    """A step of the discriminator, from pictures as it sees them -> {name: what is logged, ()}."""
+def teach_discriminator(run: Run, real: torch.Tensor, fake: torch.Tensor, looks: torch.Tensor) -> dict:
+    """A step of the discriminator: pictures (B, 3, H, W), looks (B, 3, 5) -> {name: what is logged, ()}."""
+    real = seen(run.options, real, looks[:, 0])
+    fake = seen(run.options, fake, looks[:, 1])
     with autocast(run.device, run.options["precision"]):
         real_logit, _ = run.discriminator(real)  # (B,)
         fake_logit, _ = run.discriminator(fake)
@@ -155,15 +156,18 @@ def teach_discriminator(run: Run, real: torch.Tensor, fake: torch.Tensor) -> dic
     return {"d_loss": loss, "D(real)": real_logit.sigmoid().mean(), "D(fake)": fake_logit.sigmoid().mean()}
 
 
-def ask_discriminator(run: Run, real: torch.Tensor, fake: torch.Tensor) -> dict:
-    """What the discriminator adds to the generator's loss -> {term: value ()}. Its weights are left out."""
+def ask_discriminator(run: Run, real: torch.Tensor, fake: torch.Tensor, look: torch.Tensor) -> dict:
+    """What the discriminator says of the fake: the terms that it gives to the loss -> {term: value ()}."""
     judge = run.networks["discriminator"].requires_grad_(False)
+    fake = seen(run.options, fake, look)
     with autocast(run.device, run.options["precision"]):
         fake_logit, fake_features = judge(fake)
-        terms = {"adversarial": losses.generator_loss(fake_logit)}
-        if "features" in run.loss_weights:
+    terms = {"adversarial": losses.generator_loss(fake_logit)}
+    if "features" in run.loss_weights:
+        real = seen(run.options, real, look)  # changed by the same numbers, so that the features compare
+        with autocast(run.device, run.options["precision"]):
             _, real_features = judge(real)
-            terms["features"] = losses.feature_loss(fake_features, real_features)
+        terms["features"] = losses.feature_loss(fake_features, real_features)
     judge.requires_grad_(True)
     return terms
 
