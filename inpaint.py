@@ -832,8 +832,8 @@ def write_table(out: Path, table: list[dict], faces: list) -> None:
 
 # EXIF of a TIFF that is kept: title, camera, resolution, program, date, author, rights; details, place.
 KEPT = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, 34665, 34853}
-# Where a hole is narrower than this share of the photo's shorter side, smooth filling is nearer to the truth.
-THIN = 0.06
+# A hole narrower than this share of the photo's shorter side is filled smoothly: a network does it worse.
+THIN = 0.04
 
 
 def restore_photos(given: dict, state: dict, options: dict) -> None:
@@ -977,7 +977,7 @@ def thick_part(mask: torch.Tensor, cell: int, reach: int) -> torch.Tensor:
 
 
 def holes(mask: torch.Tensor, cell: int, gap: int) -> list[tuple[int, int, int, int]]:
-    """The bounding box of each hole of a mask (1, H, W); what is within `gap` cells belongs to it too."""
+    """The bounding box of each hole of a mask (1, H, W). Two that are `gap` cells apart or less are one."""
     cells = F.max_pool2d(mask, cell, ceil_mode=True)  # 1 where any pixel of the cell is missing
     found = []
     while cells.any():
@@ -985,7 +985,7 @@ def holes(mask: torch.Tensor, cell: int, gap: int) -> list[tuple[int, int, int, 
         box, before = (top, left, top + 1, left + 1), None
         while box != before:
             before = box
-            box = bounding_box(cells, around(box, gap))
+            box = bounding_box(cells, around(box, gap + 1))
         cells[around(box, 0)] = 0
         found.append(bounding_box(mask, around([end * cell for end in box], 0)))
     return found
@@ -1028,7 +1028,7 @@ def fill(ema: models.UNet, options: dict, photo: torch.Tensor, mask: torch.Tenso
     thick = thick_part(mask, cell, reach // cell)
     thin = mask - thick
     restored = photo.clone()
-    for box in holes(thin, cell, 1):
+    for box in holes(thin, cell, 0):
         here = around(box, 1)
         smooth = models.harmonic(restored[here][None], mask[here][None])[0]
         restored[here] = data.paste(smooth, restored[here], thin[here])
@@ -1057,9 +1057,12 @@ def paint(ema: models.UNet, options: dict, seen: torch.Tensor, known: torch.Tens
     image = data.crop_resize(seen, square, (res, res)) / share.clamp(min=1e-6)
     unknown = (share < 0.5).float()[None]
     image = models.harmonic(image.clamp(0, 1)[None], unknown)  # beyond the photo's edge too
-    # A network that saw nothing but the centre hole relies on it; one for photos has learnt to use its mask.
-    centre = data.center_hole(res, options["hole"])
-    hole = unknown * centre if options["wild"] else centre
+    # A network knows the holes of its training: the one in the centre or, for photos, rectangles.
+    hole = data.center_hole(res, options["hole"])
+    if options["wild"]:
+        top, left, bottom, right = box
+        ends = [(top - y0) / scale, (left - x0) / scale, (bottom - y0) / scale, (right - x0) / scale]
+        hole = data.box_mask(torch.tensor([ends]).round(), res)
     device = next(ema.parameters()).device
     output = run_ema(ema, data.damage(image, hole).to(device), hole.to(device), options).cpu()[0]
     # Back in the photo.
