@@ -68,7 +68,10 @@ def damage(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def paste(output: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The output in the hole, the image elsewhere: the restored picture, which a user keeps."""
+    """The output in the hole, the image elsewhere: the restored picture, which a user keeps.
+
+    Nothing is changed to fit: at the rim there may be a step, which inpaint.join takes out of a photo.
+    """
     return output * mask + image * (1 - mask)
 
 

@@ -938,22 +938,20 @@ def central_mask(photo: PIL.Image.Image, options: dict) -> torch.Tensor:
 def read_mask(file: str, photo: PIL.Image.Image) -> torch.Tensor:
     """What is missing from a photo, (1, H, W), 1 in the hole: what is brighter than half of the brightest.
 
-    Transparent parts count as black. Of a mask larger than the photo, nothing that is white is lost: each
-    pixel of the photo that it touches is missing. InputError for other proportions than the photo's, beyond
-    the rounding of a pixel of the smaller picture, and for a mask that is all black or all white.
+    Transparent parts count as black. A mask may be larger than the photo: each pixel that its white touches
+    is missing. InputError for other proportions than the photo's, but for the rounding of one pixel of the
+    smaller picture, and for a mask that is all black or all white.
     """
     picture = read_photo(Path(file), behind="black").convert("L")
     rounding = max(picture.size + photo.size)
     if abs(picture.width * photo.height - picture.height * photo.width) > rounding:
         sizes = f"{picture.width} x {picture.height}, the photo {photo.width} x {photo.height}"
         raise InputError(f"--mask {file} is {sizes}: it takes the same proportions")
-    larger = picture.width > photo.width or picture.height > photo.height
-    if not larger:
+    if picture.width < photo.width:
         picture = picture.resize(photo.size, PIL.Image.Resampling.NEAREST)
     values = np.asarray(picture)
     mask = torch.from_numpy(values > values.max() / 2)[None].float()
-    if larger:
-        mask = F.adaptive_max_pool2d(mask, (photo.height, photo.width))
+    mask = F.adaptive_max_pool2d(mask, (photo.height, photo.width))  # the largest of all that touch a pixel
     meaning = "white is what is to be filled, black the rest"
     if not mask.any() or mask.all():
         raise InputError(f"--mask {file} is all {'white' if mask.any() else 'black'}: {meaning}")
@@ -972,8 +970,7 @@ def thick_part(mask: torch.Tensor, cell: int, reach: int) -> torch.Tensor:
     middles = 1 - F.max_pool2d(known, 2 * reach + 1, 1, reach)
     far = reach + reach // 2
     near = F.max_pool2d(middles, 2 * far + 1, 1, far)
-    near = near.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
-    return mask * near[:, : mask.shape[1], : mask.shape[2]]
+    return mask * F.interpolate(near[None], mask.shape[1:])[0]
 
 
 def holes(mask: torch.Tensor, cell: int, gap: int) -> list[tuple[int, int, int, int]]:
@@ -1060,8 +1057,7 @@ def paint(ema: models.UNet, options: dict, seen: torch.Tensor, known: torch.Tens
     # A network knows the holes of its training: the one in the centre or, for photos, rectangles.
     hole = data.center_hole(res, options["hole"])
     if options["wild"]:
-        top, left, bottom, right = box
-        ends = [(top - y0) / scale, (left - x0) / scale, (bottom - y0) / scale, (right - x0) / scale]
+        ends = [(end - start) / scale for end, start in zip(box, (y0, x0, y0, x0))]
         hole = data.box_mask(torch.tensor([ends]).round(), res)
     device = next(ema.parameters()).device
     output = run_ema(ema, data.damage(image, hole).to(device), hole.to(device), options).cpu()[0]
@@ -1070,13 +1066,13 @@ def paint(ema: models.UNet, options: dict, seen: torch.Tensor, known: torch.Tens
     height, width = seen[here].shape[1:]
     left, top = columns.start, rows.start
     ends = (left - x0, top - y0, left + width - x0, top + height - y0)
-    place = [end / scale for end in ends]
-    return data.crop_resize(output, place, (width, height))
+    return data.crop_resize(output, [end / scale for end in ends], (width, height))
 
 
 def join(painted: torch.Tensor, photo: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """What was painted, with no step at the rim of the hole: (3, H, W) twice, mask (1, H, W) -> (3, H, W).
 
+    So `join` changes what was painted, `data.paste` only where it is seen, and `fill` calls both.
     At the rim, the photo differs a little from what the network painted for the same known pixels. That
     difference is carried on into the hole by Laplace's equation and added.
     """
