@@ -468,14 +468,14 @@ def begin(folder: Path | None, options: dict, device: torch.device, pictures: in
         had = {"pictures": state["pictures"], "processes": state["processes"]}
     except (KeyError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} is not all that a run needs, or damaged: start a new run") from error
-    _, world = rank_and_world()
+    rank, world = rank_and_world()
     if had["pictures"] != pictures:
         given = f"--data {options['data']} holds {pictures} pictures"
         raise InputError(f"{given}, the run in {folder} had {had['pictures']}: give the same pictures")
     if run.epoch < options["epochs"] and had["processes"] != world:
         before = f"the run in {folder} had {had['processes']} processes"
         raise InputError(f"{before}, now there are {world}: start it as before")
-    if 0 < run.epoch < options["epochs"] > stored["epochs"]:
+    if rank == 0 and 0 < run.epoch < options["epochs"] > stored["epochs"]:
         rate = learning_rate(options["lr"], run.epoch, options["epochs"])
         low = "it had nearly reached 0" if run.epoch == stored["epochs"] else "it was lower"
         data.say(f"{folder}: with more epochs, the learning rate is {rate:.2g} again; {low}")

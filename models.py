@@ -180,8 +180,8 @@ def augment(picture: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
     # Python's, and so would wait for the device.
     line = torch.arange(picture.shape[-1], device=picture.device)
     down, right = (u[:, 3:] * (len(line) // 8)).round()[..., None, None, None].unbind(1)  # (B, 1, 1, 1)
-    rows = (line == line[:, None] + down).float()
-    columns = (line[:, None] == line + right).float()
+    rows = (line == line[:, None] + down).to(picture)
+    columns = (line[:, None] == line + right).to(picture)
     return rows @ picture @ columns
 
 
