@@ -1240,6 +1240,40 @@ def test_what_is_painted_does_not_depend_on_the_other_pictures_of_a_batch():
     assert torch.allclose(first[:1], alone, atol=1e-5), "not evaluation mode"
 
 
+def test_told_is_half_for_originals_nearly_1_for_grey_the_same_each_time_and_nothing_for_few(capsys):
+    pixels, mask = data.synthetic_faces(240, 32), data.center_hole(32, 0.3)
+    before = torch.get_rng_state()
+    by_heart = functools.partial(models.nearest_face, mask=mask, training=pixels)
+    assert inpaint.tell(by_heart, pixels, mask) == 0.5
+    grey = functools.partial(torch.full_like, fill_value=0.5)
+    first = inpaint.tell(grey, pixels, mask)
+    assert first > 0.9
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(123)
+    assert inpaint.tell(grey, pixels, mask) == first
+    assert not complaints(capsys.readouterr().err)
+    assert inpaint.tell(grey, pixels[:199], mask) is None
+    assert capsys.readouterr().err == "told is left out: 199 pictures are too few, it takes 200\n"
+
+
+def test_told_stands_in_the_results_of_a_finished_run_its_evaluation_and_the_table(monkeypatch, capsys):
+    monkeypatch.setattr(data, "SYNTHETIC", 240)
+    monkeypatch.setattr(inpaint, "ROWS", inpaint.ROWS[:1])
+    monkeypatch.setattr(inpaint, "TELL_EPOCHS", 3)
+    words = ["--val", 0.9, "--epochs", 2, "--precision", "float32"]
+    told = spied(monkeypatch, inpaint, "tell")
+    assert command("--compare", *words, *TINY[:4], "--device", "cpu", "--out", "cmp") == 0
+    assert len(told) == 1 + len(METHODS), "the last epoch alone"
+    run = Path("cmp/U-Net-l1-relu-seed-0")
+    capsys.readouterr()
+    assert command("--evaluate", run / "generator.pt", "--device", "cpu") == 0
+    share = json.loads(capsys.readouterr().out)["told"]
+    assert 0.5 <= share == results(run)["told"] == last_state(run)["told"]
+    cells = [row["told"] for row in read_csv("cmp/table.csv")]
+    assert cells[0] == f"{share:.3f}"
+    assert float(cells[1]) > 0.9, "a white hole"
+
+
 # === inpaint.py: a run and its folder =============================================================
 
 FILES = {"last.pt", "generator.pt", "results.json", "log.csv", "curves.png", "grid.png", "training.gif"}
@@ -1586,6 +1620,14 @@ def test_evaluate_prints_the_metrics_of_the_run_as_json_and_nothing_else(tiny_ru
     assert not any(Path().iterdir()), "and writes nothing"
 
 
+def test_a_gan_is_evaluated_with_a_larger_hole_than_its_discriminator_could_judge(tiny_run, capsys):
+    state = torch.load(tiny_run / "generator.pt", weights_only=True)
+    gan = {"model": "gan", "loss": inpaint.RECIPES["gan"]["loss"]}
+    torch.save(state | {"options": state["options"] | gan}, "generator.pt")
+    assert command("--evaluate", "generator.pt", "--hole", 0.5, "--device", "cpu") == 0
+    assert json.loads(capsys.readouterr().out)["psnr_hole"] < results(tiny_run)["psnr_hole"]
+
+
 COMPARE = ["--compare", "--epochs", 1, "--width", 4, "--res", 32, "--device", "cpu"]
 METHODS = ["white hole", "smooth filling", "mean face", "nearest face"]
 
@@ -1798,7 +1840,7 @@ def test_dust_and_scratches_are_filled_smoothly_and_no_network_sees_them(faces, 
     assert (alone - smooth).abs().max() < 0.01
     assert not shown, "it is all thin"
     both = inpaint.fill(ema, options, photo, (thin + hole).clamp(max=1))
-    ((_, seen),) = shown
+    ((_, _, seen, _),) = shown
     assert 0.75 < seen.sum() / 19**2 <= 1, "nearly as if no scratch led into it"
     outside = thin * (1 - F.max_pool2d(hole, 31, 1, 15))
     assert ((both - alone) * outside).abs().max() < 0.01
@@ -1811,8 +1853,8 @@ def test_each_hole_has_a_view_of_its_own_in_which_the_others_are_filled_smoothly
     (ema, options), photo = network("--wild"), torch.full((3, 192, 192), 0.7)
     near, far = (40, 40, 38, 38), (110, 110, 38, 38)
     inpaint.fill(ema, options, photo, marked(192, near, far))
-    assert [int(hole.sum()) for _, hole in shown] == [19 * 19] * 2
-    assert all(((damaged - 0.7) * (1 - hole)).abs().max() < 0.01 for damaged, hole in shown)
+    assert [int(hole.sum()) for _, _, hole, _ in shown] == [19 * 19] * 2
+    assert all(((damaged - 0.7) * (1 - hole)).abs().max() < 0.01 for _, damaged, hole, _ in shown)
     shown.clear()
     inpaint.fill(ema, options, photo, marked(192, (40, 40, 38, 18), (40, 60, 38, 18)))
     assert len(shown) == 1, "two holes that nearly touch are one"
@@ -1981,28 +2023,38 @@ def started(line, *argv):
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_help_names_every_option_and_every_preset(capsys):
+def test_help_prints_the_true_numbers_of_the_recipes(capsys):
     assert command("--help") == 0
-    told = capsys.readouterr().out
-    for preset in inpaint.PRESETS.values():
-        for name, value in preset.items():
-            assert inpaint.flag(name) in told
-            assert str(value) in told
+    cards = re.findall(r"^  --model (\w+): (.+)$", capsys.readouterr().out, re.MULTILINE)
+    read = {model: vars(inpaint.parser().parse_args(words.split())) for model, words in cards}
+    assert read == inpaint.RECIPES
 
 
-def test_a_preset_fills_what_is_not_given_and_a_gan_with_a_distance_learns_faster():
-    for words, expected in (
-        (["--model", "unet"], {"res": 128, "loss": "l1", "lr": 3e-3, "depth": 5, "width": 32, "limit": 2}),
-        (["--model", "gan"], {"res": 64, "lr": 2e-4, "depth": 4, "width": 24, "limit": 16}),
-        (["--model", "gan"], {"augment": "jitter", "norm": "group"}),
-        (["--model", "gan", "--loss", "30 * l1 + adversarial"], {"loss": "30*l1+adversarial", "lr": 5e-4}),
-        (["--model", "gan", "--loss", "mse+adversarial"], {"augment": "color+shift", "norm": "batch"}),
-        (["--model", "gan", "--loss", "mse+adversarial", "--wild"], {"augment": "color", "norm": "batch"}),
-        (["--model", "gan", "--loss", "l1+adversarial", "--lr", "0.1"], {"lr": 0.1, "act": "relu"}),
-    ):
-        args = inpaint.parser().parse_args(words)
-        options = inpaint.complete_options(words, inpaint.preset(args.model, args.loss, args.wild))
-        assert expected.items() <= options.items()
+def test_help_tells_what_every_option_is_for_and_what_it_is_by_default():
+    actions = {action.dest: action for action in inpaint.parser()._actions}
+    assert set(inpaint.TRAINING) <= set(actions)
+    assert all(action.help for action in actions.values())
+    defaults = inpaint.DEFAULTS | {"model": "unet", "data": "drawn faces"}
+    del defaults["wild"]
+    for name, default in defaults.items():
+        (told,) = re.findall(r"\(([^;:)]+)", actions[name].help)
+        assert (actions[name].type or str)(told) == default, name
+
+
+GIVEN = [
+    {"loss": "l1"}, {"loss": "mse", "lr": 0.1}, {"res": 256}, {"act": "swish"}, {"wild": True},
+    {"judge": "restored", "hole": 0.5}, {"augment": "none"}, {"batch": 64}, {"epochs": 99}, {"seed": 7},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", inpaint.RECIPES)
+def test_what_is_given_changes_no_other_option(model):
+    words = ["--model", model, "--lr", "0.1", "--wild"]
+    assert vars(inpaint.parser().parse_args(words)) == {"model": model, "lr": 0.1, "wild": True}
+    usual = inpaint.recipe({"model": model})
+    assert usual == inpaint.DEFAULTS | inpaint.RECIPES[model] | {"model": model}
+    for given in GIVEN:
+        assert inpaint.recipe({"model": model} | given) == usual | given
 
 
 def test_a_cpu_trains_in_bfloat16_only_where_that_is_faster(monkeypatch):
@@ -2020,7 +2072,8 @@ def test_a_cpu_trains_in_bfloat16_only_where_that_is_faster(monkeypatch):
 def test_without_autocast_float32_trains_and_bfloat16_is_refused_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False)  # as PyTorch 2.4 on a Mac
     monkeypatch.setattr(torch, "autocast", failing(RuntimeError("unsupported autocast device_type 'mps'")))
-    words = ["--model", "gan", "--loss", "l1+dssim+adversarial", "--out", "run", *TINY, "--epochs", 1, "--precision"]
+    words = ["--model", "gan", "--loss", "l1+dssim+adversarial", "--epochs", 1, "--out", "run", *TINY]
+    words += ["--precision"]
     assert command(*words, "float32") == 0
     for words in (words, ["--evaluate", "run/generator.pt", "--device", "cpu", "--precision"]):
         assert command(*words, "bfloat16") == 2
@@ -2092,6 +2145,7 @@ def traps(tmp_path, tiny_run, monkeypatch):
     Path("cut.zip").write_bytes(zip_folder(Path("good")).read_bytes()[:-30])
     masks = {"black": Image.new("L", (40, 40)), "white": Image.new("1", (40, 40), 1)}
     masks |= {"clear": Image.new("LA", (40, 40), (255, 0)), "tall": Image.new("L", (40, 90))}
+    masks |= {"photo": drawn(90, 120), "less": Image.new("L", (89, 117)), "more": Image.new("L", (180, 236))}
     for name, mask in masks.items():
         mask.save(f"{name}.png")
     state = torch.load("good.pt", weights_only=True)
@@ -2112,7 +2166,7 @@ BAD_VALUES = {
     "res": "0 -64 7 63 1024 64.5", "hole": "0 1.1 -0.1 nan x", "val": "0 1.5 nan", "epochs": "0 -1 1.5 x",
     "batch": "0 -8 1.5", "width": "0 -4 1025", "depth": "0 -1 10", "limit": "0 257", "lr": "0 -0.1 nan inf",
     "hole-weight": "0 nan inf", "seed": "-1 9e9", "device": "tpu", "act": "gelu", "model": "vae",
-    "colour": "red", "loss": "l3",
+    "colour": "red", "loss": "l3 features", "judge": "fake", "augment": "jitter",
 }  # fmt: skip
 REFUSED = {  # words: a part of the line
     **{f"--{name}={value}": f"--{name}" for name, values in BAD_VALUES.items() for value in values.split()},
@@ -2122,6 +2176,8 @@ REFUSED = {  # words: a part of the line
     "--restore good/000.jpg --checkpoint good.pt --mask clear.png": "--mask clear.png is all black: white is",
     "--restore good/000.jpg --checkpoint good.pt --mask white.png": "--mask white.png is all white",
     "--restore good/000.jpg --checkpoint good.pt --mask tall.png": "tall.png is 40 x 90, the photo 40 x 40",
+    "--restore photo.png --checkpoint good.pt --mask less.png": "less.png is 89 x 117, the photo 90 x 120",
+    "--restore photo.png --checkpoint good.pt --mask more.png": "more.png is 180 x 236, the photo 90 x 120",
     "--evaluate file": "no checkpoint", "--evaluate nothing.pt": "nothing.pt cannot be read (No such file",
     "--evaluate run": "run cannot be read (Is a directory): give the generator.pt",
     "--evaluate=": "--evaluate is empty",
@@ -2132,6 +2188,8 @@ REFUSED = {  # words: a part of the line
     "--data file": "file is no zip", "--data cut.zip": "cut.zip is no zip, or is cut off",
     "--data good --val 0.01": "leaves 4 to train on and 0", "--data good --val 0.8": "leaves 1 to train",
     "--val 1": "leaves 0 to train", "--hole 0.001": "0 pixels wide", "--hole 0.999": "32 pixels wide",
+    "--model unet --loss 30*l1+adversarial": "needs a discriminator, which --model unet has not: add --model",
+    "--model gan --hole 0.5": "leaves too little around it in the middle half: add --judge restored",
     "--depth 6": "--depth 6 halves --res 32", "--device cuda": "has none",
     "--mask m.png": "--mask does nothing without --restore", "--seeds 2": "does nothing without --compare",
     "--checkpoint good.pt": "does nothing without --restore",
@@ -2152,7 +2210,9 @@ REFUSED = {  # words: a part of the line
     "--restore good --checkpoint=": "is empty",
     "--restore good --checkpoint good.pt --res 64": "--res 64 contradicts --res 32",
     "--compare --model gan": "--model does nothing with --compare", "--compare --data nowhere": "not exist",
-    "--compare --hole 0.001": "0 pixels", "--compare --hole-weight 1": "--hole-weight does nothing",
+    **{f"--compare --{name} {value}": f"--{name} does nothing with --compare, whose rows decide it"
+       for name, value in (("batch", 8), ("lr", 1e-3), ("judge", "output"), ("loss", "l1"))},
+    "--compare --hole 0.001": "0 pixels",
     "--compare --seeds 0": "--seeds 0",
 }  # fmt: skip
 
