@@ -343,8 +343,10 @@ def tell(painter, pixels: torch.Tensor, mask: torch.Tensor) -> float | None:
     if len(pixels) < 200:
         data.say(f"told is left out: {len(pixels)} pictures are too few, it takes 200")
         return None
-    parts = [(image, restored) for image, _, restored in painted(painter, pixels, mask)]
-    real, fake = (F.avg_pool2d(models.middle(torch.cat(pictures)), 2) for pictures in zip(*parts))
+    parts = []
+    for image, _, restored in painted(painter, pixels, mask):
+        parts.append([F.avg_pool2d(models.middle(picture), 2) for picture in (image, restored)])
+    real, fake = map(torch.cat, zip(*parts))
     count = round(0.7 * len(real))  # to learn from
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
