@@ -396,11 +396,12 @@ def test_a_folder_or_zip_becomes_one_tensor_in_the_order_of_names(packed):
 
 @pytest.mark.parametrize("prefix", ["", "./"])  # some programs write ./ before the names in a zip
 def test_every_picture_is_found_to_the_bottom_other_kinds_are_told_and_litter_is_not(prefix, capsys):
-    folder, names = Path("d"), sorted(["b.jpg", "a/ä ö.png", "a/c/日本.JPG", "z 1.webp"])
+    folder, names = Path("d"), sorted(["b.jpg", "a/ä ö.png", "a/c/日本.JPG", "z 1.webp", "1.jfif"])
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 20), "red").save(folder / name)
-    for litter in ("__MACOSX/b.jpg", "runs/x/grid.png", "a/cache/c.jpg", "restored/me.png"):
+        (folder / name).write_bytes(encoded(Image.new("RGB", (20, 20), "red")))
+    ours = ("runs/x/grid.png", "a/cache/c.jpg", "restored/me.png", "runs/log.csv")
+    for litter in ("__MACOSX/b.jpg", "a/@eaDir/1.jpg", "$RECYCLE.BIN/1.png", ".hidden/runs/2.png", *ours):
         (folder / litter).parent.mkdir(parents=True, exist_ok=True)
         (folder / litter).write_bytes(b"no picture")
     for name in (".hidden.jpg", ".notes", "a/1.heic", "2.HEIC", "readme"):
@@ -408,22 +409,10 @@ def test_every_picture_is_found_to_the_bottom_other_kinds_are_told_and_litter_is
     path = zip_folder(folder, prefix)
     for place, start in ((folder, ""), (path, prefix)):
         assert [name for name, _ in data.find_pictures(place)] == [start + name for name in names]
-        assert "3 files of other kinds are skipped (2 .heic, 1 no suffix)" in capsys.readouterr().err
+        passed_over, skipped = complaints(capsys.readouterr().err)
+        assert "pictures in folders named runs, restored or cache are passed over (3)" in passed_over
+        assert "3 files of other kinds are skipped (2 .heic, 1 no suffix)" in skipped
     assert torch.equal(data.load_images(folder, 32), data.load_images(path, 32))
-
-
-def test_what_a_nas_and_windows_add_is_passed_over_in_silence_our_folders_with_a_word_and_jfif_counts(capsys):
-    write_photos("d", 1)
-    Path("d/000.jpg").rename("d/000.jfif")
-    for name in ("a/@eaDir/000.jpg", "$RECYCLE.BIN/1.png", "runs/log.csv", ".hidden/runs/2.png"):
-        Path("d", name).parent.mkdir(parents=True, exist_ok=True)
-        Path("d", name).touch()
-    assert [name for name, _ in data.find_pictures(Path("d"))] == ["000.jfif"]
-    assert capsys.readouterr().err == ""
-    write_photos("d/a/restored", 3)
-    assert len(data.find_pictures(Path("d"))) == 1
-    told = "d: pictures in folders named runs, restored or cache are passed over (3)\n"
-    assert capsys.readouterr().err == told
 
 
 @no_windows
@@ -544,14 +533,6 @@ def test_a_file_that_another_program_holds_is_moved_when_it_lets_go_or_given_up_
         data.save("g", b"new")
     assert 1.5 < sum(waits[3:]) < 3
     assert [file.name for file in Path().iterdir()] == ["f"]
-
-
-def test_a_free_path_is_the_first_with_which_no_file_is_there():
-    assert data.free_path("a", (".png", ".txt")) == "a"
-    for name in ("a.png", "a-2.txt"):
-        Path(name).touch()
-    assert data.free_path("a", (".png", ".txt")) == "a-3"
-    assert data.free_path("a.png") == "a.png-2"
 
 
 # === data.py: grids, charts and the screen ========================================================
@@ -899,11 +880,6 @@ def test_the_loss_grammar_refuses_and_says_what_is_right(text):
         losses.parse_loss(text)
 
 
-def test_features_take_a_discriminator():
-    with pytest.raises(ValueError, match="features are the discriminator's: add adversarial"):
-        losses.parse_loss("l1+features")
-
-
 # === losses.py: realism ===========================================================================
 
 
@@ -1064,11 +1040,6 @@ def test_features_are_the_distance_of_what_the_discriminator_finds_and_teach_the
     assert set(found[len(taught) :]) == {None}
 
 
-def test_both_networks_are_trained_by_adam_with_the_betas_of_dcgan():
-    betas = [optimizer.param_groups[0]["betas"] for optimizer in fresh("gan").optimizers.values()]
-    assert betas == [(0.5, 0.999)] * 2
-
-
 def test_the_adversarial_loss_moves_the_generator_and_not_the_discriminator_that_judges(monkeypatch):
     run = fresh("gan")
     update = inpaint.update
@@ -1099,12 +1070,11 @@ def test_the_model_decides_how_weights_start_and_decay_and_the_loss_does_not():
     assert same_weights(gan.discriminator, fresh("gan").discriminator), "they follow from the seed"
     for other in (fresh(limit=16), fresh("gan", seed=1)):
         assert not torch.equal(gan.generator.paint.weight, other.generator.paint.weight)
-    image, mask, _ = small_batch()
     for run, decay, count in ((gan, 0, 2), (l1, 0, 1), (unet, 0.05, 1)):
-        assert [o.param_groups[0]["weight_decay"] for o in run.optimizers.values()] == [decay] * count
+        groups = [optimizer.param_groups[0] for optimizer in run.optimizers.values()]
+        assert [(group["weight_decay"], group["betas"]) for group in groups] == [(decay, (0.5, 0.999))] * count
         assert same_weights(run.ema, run.generator)
-        difference = inpaint.run_ema(run.ema, data.damage(image, mask), mask, run.options) - image
-        assert (difference * (1 - mask)).abs().mean() < 0.1, "it starts as nearly a copy of its input"
+        assert torch.equal(run.generator.keep.weight[:, :3, 0, 0], 5 * torch.eye(3)), "it starts by keeping"
 
 
 @pytest.mark.parametrize("step, decay", [(0, 0.1), (90, 0.91), (10**6, 0.999)])
@@ -1497,12 +1467,6 @@ def test_a_screen_that_takes_no_line_ends_no_training(screen):
     assert last_state("run")["epoch"] == 2
 
 
-def test_a_data_set_of_ten_pictures_and_a_batch_larger_than_it_train():
-    write_photos("ten", 10, 40)
-    assert command("--data", "ten", "--epochs", 1, "--out", "run", *TINY, "--batch", 5000) == 0
-    assert results("run")["pictures"] == 2
-
-
 @needs_celeba
 def test_a_network_that_learnt_400_real_faces_paints_others_better_than_smooth_filling():
     pixels = data.load_images(os.environ["CELEBA"], 64)[:500]
@@ -1812,15 +1776,6 @@ def test_a_network_for_photos_is_shown_the_rectangle_around_a_hole_and_sees_the_
     ((_, damaged, hole, _),) = shown
     assert torch.equal(hole[0], rectangle)
     assert (damaged[0] - data.damage(faces[0], rectangle)).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("box", [(0, 0, 57, 57), (150, 0, 42, 192), (60, 135, 57, 57)])
-def test_beyond_a_hole_at_the_photos_edge_the_network_sees_the_colours_around_it(box, shown):
-    (ema, options), mask, (top, left, tall, wide) = network(), torch.zeros(1, 192, 192), box
-    mask[:, top : top + tall, left : left + wide] = 1
-    inpaint.fill(ema, options, torch.full((3, 192, 192), 0.7), mask)
-    ((_, damaged, hole, _),) = shown
-    assert ((damaged - 0.7) * (1 - hole)).abs().max() < 0.01, "and not black"
 
 
 def marked(size, *boxes):
@@ -2180,10 +2135,9 @@ REFUSED = {  # words: a part of the line
     "--restore photo.png --checkpoint good.pt --mask more.png": "more.png is 180 x 236, the photo 90 x 120",
     "--evaluate file": "no checkpoint", "--evaluate nothing.pt": "nothing.pt cannot be read (No such file",
     "--evaluate run": "run cannot be read (Is a directory): give the generator.pt",
-    "--evaluate=": "--evaluate is empty",
     "--evaluate good.pt --seed 9": "--seed 9 contradicts --seed 0", "--evaluate good.pt --hole 0.999": "wide",
     "--evaluate good.pt --data nowhere": "does not exist", "--evaluate good.pt --compare": "not allowed with",
-    "--data nowhere": "nowhere does not exist", "--data empty": "holds no picture", "--data=": "is empty",
+    "--data nowhere": "nowhere does not exist", "--data empty": "holds no picture",
     "--data text": "holds no picture (.jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff); it holds 1 .txt",
     "--data file": "file is no zip", "--data cut.zip": "cut.zip is no zip, or is cut off",
     "--data good --val 0.01": "leaves 4 to train on and 0", "--data good --val 0.8": "leaves 1 to train",
@@ -2195,7 +2149,8 @@ REFUSED = {  # words: a part of the line
     "--checkpoint good.pt": "does nothing without --restore",
     "--out file": "--out file cannot be made", "--out file/run": "Not a directory",
     "--out run": "--out run already holds files: name another folder, or go on with --resume run",
-    "--out=": "--out is empty", "--resume run --out x": "--out does nothing with --resume",
+    "--out=": "--out is empty", "--restore= --checkpoint good.pt": "--restore is empty",
+    "--resume run --out x": "--out does nothing with --resume",
     "--resume": "--resume", "--resume half": "no checkpoint of this program",
     "--resume file": "cannot be read (Not a directory)",
     "--resume nowhere": "cannot be read (No such file or directory): give the folder of a run",
@@ -2205,9 +2160,7 @@ REFUSED = {  # words: a part of the line
     "--resume run --epochs 3": "holds 30 pictures, the run in run had 40",
     "--resume run --epochs 1": "--epochs 1 contradicts --epochs 2",
     "--restore good": "--restore needs --checkpoint", "--restore nowhere.jpg --checkpoint good.pt": "0 of 1",
-    "--restore good/000.jpg --mask= --checkpoint good.pt": "--mask is empty",
     "--restore good --checkpoint good.pt --out b.PNG": "--out b.PNG is named like a picture",
-    "--restore good --checkpoint=": "is empty",
     "--restore good --checkpoint good.pt --res 64": "--res 64 contradicts --res 32",
     "--compare --model gan": "--model does nothing with --compare", "--compare --data nowhere": "not exist",
     **{f"--compare --{name} {value}": f"--{name} does nothing with --compare, whose rows decide it"
