@@ -2143,7 +2143,7 @@ REFUSED = {  # words: a part of the line
     "--data good --val 0.01": "leaves 4 to train on and 0", "--data good --val 0.8": "leaves 1 to train",
     "--val 1": "leaves 0 to train", "--hole 0.001": "0 pixels wide", "--hole 0.999": "32 pixels wide",
     "--model unet --loss 30*l1+adversarial": "needs a discriminator, which --model unet has not: add --model",
-    "--model gan --hole 0.5": "leaves too little around it in the middle half: add --judge restored",
+    "--model gan --hole 0.5": "nearly fills the middle half: add --judge restored",
     "--depth 6": "--depth 6 halves --res 32", "--device cuda": "has none",
     "--mask m.png": "--mask does nothing without --restore", "--seeds 2": "does nothing without --compare",
     "--checkpoint good.pt": "does nothing without --restore",
