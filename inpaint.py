@@ -525,7 +525,9 @@ def show_run(folder: Path, run: Run, validation: torch.Tensor) -> None:
     contents = {"grid.png": data.png(data.grid(faces)), "results.json": data.to_json(describe(run))}
     contents |= {"log.csv": data.to_csv(run.log), "curves.png": data.png(draw_curves(run))}
     if run.epoch == run.options["epochs"]:
-        pictures = [data.grid([(f"epoch {epoch:04d}", faces)]) for epoch, faces in run.film.items()]
+        start = F.interpolate(damaged[:3], run.film[run.epoch].shape[-1], mode="area")
+        film = {0: start} | run.film
+        pictures = [data.grid([(f"epoch {epoch:04d}", faces)]) for epoch, faces in film.items()]
         contents["training.gif"] = data.gif(pictures)
     for name, content in contents.items():
         try:
