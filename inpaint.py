@@ -8,8 +8,10 @@
     python inpaint.py --compare --data img_align_celeba.zip                  the paper's table 1 and figure 4
     torchrun --nproc-per-node 4 inpaint.py --model unet ...                  several GPUs
 
-What you learn here: the training step of a U-Net and of a GAN, in 50 lines; then everything around it, in the
-order in which it happens: an epoch, a run and its folder, the comparison, your own photo, the command line.
+What you learn here: the training step of a U-Net and of a GAN, and how it is repeated and checked.
+
+    the lesson    the recipes; what is trained, and the step; an epoch; validation
+    plumbing      a run and its folder; several processes; evaluating; comparing; restoring; the command
 """
 
 import argparse
@@ -309,6 +311,7 @@ def run_ema(ema: models.UNet, damaged: torch.Tensor, mask: torch.Tensor, options
 def validate(painter, pixels: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
     """All METRICS over a validation set, uint8 (N, 3, res, res): losses.measure's means, and swd_hole.
 
+    (`measure` scores a few pictures, `validate` a whole set, and `evaluate` is what --evaluate does.)
     `painter(damaged)` -> output (B, 3, res, res): a network, or a method without one. swd_hole looks at the
     first 8 parts only: 800 pictures at 64 px.
     """

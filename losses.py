@@ -4,7 +4,7 @@ What you learn here: the distances L1 and MSE; SSIM, which compares neighbourhoo
 and how not to get it wrong; the two sides of the adversarial game; how to measure whether a picture looks
 real; and how `--loss "30*l1+adversarial"` becomes a sum of terms.
 
-Pictures are float (B, 3, H, W) in [0, 1]; a mask (B or 1, 1, H, W) is 1 in the hole.
+All of it is the lesson. Pictures are float (B, 3, H, W) in [0, 1]; a mask (B or 1, 1, H, W) is 1 in the hole.
 
 Try it:  python -c "import torch, losses; x = torch.rand(1, 3, 64, 64); print(losses.ssim(x, 1 - x))"
 """

@@ -3,7 +3,8 @@
 What you learn here: an activation function in one line; a U-Net, which sees the whole face at its bottom and
 keeps every detail by its skips; DCGAN's discriminator; and what can be painted with no network at all.
 
-Pictures are float (B, 3, H, W) in [0, 1]; a mask (B or 1, 1, H, W) is 1 in the hole.
+All of it is the lesson, but for the last section (with no network), which can wait. Pictures are float
+(B, 3, H, W) in [0, 1]; a mask (B or 1, 1, H, W) is 1 in the hole.
 
 Try it:  python -c "import models; print(models.UNet(5, 32, 'swish'))"
 """
