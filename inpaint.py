@@ -54,7 +54,7 @@ RECIPES = {
     },
     "gan": {
         "res": 64, "depth": 4, "width": 24, "limit": 16, "lr": 5e-4,
-        "loss": "30*l1+adversarial+8*features",
+        "loss": "60*l1+adversarial+12*features",
     },
 }  # fmt: skip
 DEFAULTS = {
