@@ -126,8 +126,9 @@ def frame(image: torch.Tensor, framing: torch.Tensor) -> torch.Tensor:
 
     image (B, 3, res, res) -> the same shape; framing (B, 5) holds uniform numbers in [0, 1). Three tenths
     stay as they are. The others are zoomed by 1 / 1.5 to 1.5 (uniform in the logarithm) and turned by up to
-    5 degrees, and their middle is moved: across by up to 15 % of the side, and from 5 % up to 30 % down, as
-    far as the mouth of a face that is cut like CelebA's. Beyond the border, the picture is reflected.
+    5 degrees, and what is in their middle changes: up to 15 % of the side to the left or right, and from 5 %
+    higher to 30 % lower, down to the mouth of a face that is cut like CelebA's. Beyond the border, the
+    picture is reflected.
     """
     u1, u2, u3, u4, u5 = framing.unbind(1)
     zoom = 1.5 ** (2 * u2 - 1)

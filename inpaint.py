@@ -58,7 +58,10 @@ RECIPES = {
     },
 }  # fmt: skip
 DEFAULTS = {
-    "act": "relu", "hole_weight": 10.0, "judge": "middle", "augment": "color+shift",
+    "act": "relu",  # or swish
+    "hole_weight": 10.0,  # l1 and mse count a pixel of the hole ten times: it is what a user sees
+    "judge": "middle",  # of the restored picture; or all of the restored picture, or the output
+    "augment": "color+shift",  # or none
     "data": "synthetic", "hole": 0.3, "wild": False, "val": 0.2,
     "epochs": 12, "batch": 8, "seed": 0, "precision": "auto",
 }  # fmt: skip
@@ -73,8 +76,9 @@ SMOOTH = 0.1  # the target for real pictures is 0.9, so that the discriminator i
 class Run:
     """What a run is made of: its options, networks, averaged generator, optimisers, counters and log.
 
-    `--model` says how the first weights are drawn from the seed, PyTorch's way or DCGAN's. The loss decides
-    whether there is a discriminator. `ema` is the averaged generator.
+    `--model` says how the first weights are drawn from the seed, PyTorch's way or DCGAN's, and how much they
+    are pulled to 0. The loss decides whether there is a discriminator. `ema` is the averaged generator (an
+    exponential moving average), which is what a user gets.
     """
 
     def __init__(self, options: dict, device: torch.device, pictures: int = 0):
@@ -90,7 +94,7 @@ class Run:
         self.loss_weights = losses.parse_loss(options["loss"])
         torch.manual_seed(options["seed"])
         self.networks = {"generator": self.prepare(build_generator(options))}
-        self.networks["generator"].start_by_keeping()  # after DCGAN's start, which is another
+        self.networks["generator"].start_by_keeping()  # again, because DCGAN's start is drawn over it
         if "adversarial" in self.loss_weights:
             side = options["res"] // 2 if options["judge"] == "middle" else options["res"]
             self.networks["discriminator"] = self.prepare(models.Discriminator(side, options["width"]))
@@ -100,11 +104,9 @@ class Run:
         self.optimizers = {
             name: torch.optim.AdamW(network.parameters(), **adam) for name, network in self.networks.items()
         }
-        # What is averaged: all weights, and batch norm's statistics.
-        self.averages, self.weights = (
-            [value for value in network.state_dict().values() if value.is_floating_point()]
-            for network in (self.ema, self.networks["generator"])
-        )
+        # Weights and batch norm's statistics: the networks' own tensors, which change in place.
+        self.current = floats(self.networks["generator"])
+        self.averages = floats(self.ema)
         # What the step calls: the same networks, or under torchrun PyTorch's wrappers around them.
         self.generator = self.networks["generator"]
         self.discriminator = self.networks.get("discriminator")
@@ -116,6 +118,11 @@ class Run:
         return network.to(self.device, memory_format=data.memory_format(self.device))
 
 
+def floats(network: torch.nn.Module) -> list[torch.Tensor]:
+    """All real-valued tensors of a network, in order."""
+    return [value for value in network.state_dict().values() if value.is_floating_point()]
+
+
 def build_generator(options: dict) -> models.UNet:
     """The U-Net of these options, with fresh weights."""
     return models.UNet(options["depth"], options["width"], options["act"], options["limit"])
@@ -124,8 +131,9 @@ def build_generator(options: dict) -> models.UNet:
 def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor, looks: torch.Tensor) -> dict:
     """Damage, paint, judge, update: image (B, 3, H, W), mask (B or 1, 1, H, W) -> {name: what is logged, ()}.
 
-    looks (B, 3, 5), uniform in [0, 1), change each picture when the discriminator looks at it, three times a
-    step. Nothing here waits for the device: the numbers are tensors until somebody reads them.
+    looks (B, 3, 5), uniform in [0, 1), say how a picture is changed when the discriminator looks at it: real
+    and fake in (1), both alike in (2). Nothing here waits for the device: the numbers are tensors until
+    somebody reads them.
     """
     options = run.options
     terms, report = {}, {}
@@ -141,7 +149,7 @@ def training_step(run: Run, image: torch.Tensor, mask: torch.Tensor, looks: torc
     # With any network: minimise the distance from the original too, if the loss has one.
     terms |= losses.distances(run.loss_weights, output, image, mask, options["hole_weight"])
     update(run.optimizers["generator"], sum(run.loss_weights[name] * term for name, term in terms.items()))
-    update_ema(run.averages, run.weights, run.step)
+    update_ema(run.averages, run.current, run.step)
     run.step += 1
     return {name: value.detach() for name, value in (terms | report).items()}
 
@@ -151,7 +159,7 @@ def teach_discriminator(run: Run, real: torch.Tensor, fake: torch.Tensor, looks:
     real = seen(run.options, real, looks[:, 0])
     fake = seen(run.options, fake, looks[:, 1])
     with autocast(run.device, run.options["precision"]):
-        real_logit, _ = run.discriminator(real)  # (B,)
+        real_logit, _ = run.discriminator(real)  # (B,); each kind in a batch of its own, as in DCGAN
         fake_logit, _ = run.discriminator(fake)
     loss = losses.discriminator_loss(real_logit, fake_logit, SMOOTH)
     update(run.optimizers["discriminator"], loss)
@@ -160,22 +168,27 @@ def teach_discriminator(run: Run, real: torch.Tensor, fake: torch.Tensor, looks:
 
 def ask_discriminator(run: Run, real: torch.Tensor, fake: torch.Tensor, look: torch.Tensor) -> dict:
     """What the discriminator says of the fake: the terms that it gives to the loss -> {term: value ()}."""
-    judge = run.networks["discriminator"].requires_grad_(False)
+    # Its weights need no gradient, so it is called without torchrun's wrapper, which would wait for one.
+    discriminator = run.networks["discriminator"].requires_grad_(False)
     fake = seen(run.options, fake, look)
     with autocast(run.device, run.options["precision"]):
-        fake_logit, fake_features = judge(fake)
+        fake_logit, fake_features = discriminator(fake)
     terms = {"adversarial": losses.generator_loss(fake_logit)}
     if "features" in run.loss_weights:
         real = seen(run.options, real, look)  # changed by the same numbers, so that the features compare
         with autocast(run.device, run.options["precision"]):
-            _, real_features = judge(real)
+            _, real_features = discriminator(real)
         terms["features"] = losses.feature_loss(fake_features, real_features)
-    judge.requires_grad_(True)
+    discriminator.requires_grad_(True)  # what counts is how it stood when it was called
     return terms
 
 
 def seen(options: dict, picture: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
-    """What the discriminator sees of a picture (B, 3, H, W): all or the middle, changed by look (B, 5)."""
+    """What the discriminator sees of a picture, real or fake (B, 3, H, W).
+
+    All of it or the middle, as it is or changed, as look (B, 5) says. With --judge output a fake is the whole
+    output, else the restored picture.
+    """
     if options["judge"] == "middle":
         picture = models.middle(picture)
     if options["augment"] == "color+shift":
@@ -184,7 +197,10 @@ def seen(options: dict, picture: torch.Tensor, look: torch.Tensor) -> torch.Tens
 
 
 def autocast(device: torch.device, precision: str):
-    """A context in which networks run in bfloat16, if that is the precision. Losses stay outside."""
+    """A context in which networks run in bfloat16, if that is the precision ("auto" is decided by now).
+
+    Losses stay outside.
+    """
     if precision == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
@@ -197,13 +213,14 @@ def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     optimizer.step()
 
 
-def update_ema(averages: list[torch.Tensor], weights: list[torch.Tensor], step: int) -> None:
-    """average <- d * average + (1 - d) * weight, in place; d = min(0.999, (n + 1) / (n + 10)) after n steps.
+def update_ema(averages: list[torch.Tensor], current: list[torch.Tensor], step: int) -> None:
+    """average <- d * average + (1 - d) * current, in place; d = min(0.999, (n + 1) / (n + 10)) at step n.
 
-    A mean over about the last ninth of all steps, 1,000 at most. It does what a lower learning rate would do.
+    A mean over about the last ninth of the steps so far, 1,000 at most. The noise of single steps cancels in
+    it, as at a lower learning rate.
     """
     decay = min(0.999, (step + 1) / (step + 10))
-    get_ema_multi_avg_fn(decay)(averages, weights, step)
+    get_ema_multi_avg_fn(decay)(averages, current, step)
 
 
 # --- An epoch -------------------------------------------------------------------------------------
@@ -312,8 +329,8 @@ def validate(painter, pixels: torch.Tensor, mask: torch.Tensor) -> dict[str, flo
     """All METRICS over a validation set, uint8 (N, 3, res, res): losses.measure's means, and swd_hole.
 
     (`measure` scores a few pictures, `validate` a whole set, and `evaluate` is what --evaluate does.)
-    `painter(damaged)` -> output (B, 3, res, res): a network, or a method without one. swd_hole looks at the
-    first 8 parts only: 800 pictures at 64 px.
+    `painter(damaged)` -> output (B, 3, res, res): run_ema with a network, or a method without one. The hole
+    is always the mask's, also with --wild. swd_hole looks at the first 800 pictures at 64 px, 200 at 128.
     """
     values, kept = [], []
     for image, output, restored in painted(painter, pixels, mask):
@@ -336,12 +353,12 @@ def painted(painter, pixels: torch.Tensor, mask: torch.Tensor):
 
 
 def tell(painter, pixels: torch.Tensor, mask: torch.Tensor) -> float | None:
-    """`told`: the share of faces that a fresh discriminator tells right, 0.5 is guessing.
+    """`told`: the share of pictures that a fresh discriminator tells right, restored or original.
 
-    It learns to tell restored faces from originals on seven tenths of the validation set, uint8
-    (N, 3, res, res), and is tested on the others. It sees the middle at half size, where the grain of a
-    photograph is gone, which no generator paints. (A classifier two-sample test, Lopez-Paz and Oquab 2017.)
-    None with fewer than 200 pictures: it would learn too little. Always the same random numbers.
+    0.5 is guessing. It learns from seven tenths of the validation set, uint8 (N, 3, res, res), and is tested
+    on the others: a classifier two-sample test (Lopez-Paz and Oquab 2017). It sees the middle at half size:
+    no generator paints the grain of a photograph, which is gone there. None with fewer than 200 pictures,
+    from which it would learn too little. Always the same random numbers.
     """
     if len(pixels) < 200:
         data.say(f"told is left out: {len(pixels)} pictures are too few, it takes 200")
@@ -353,20 +370,21 @@ def tell(painter, pixels: torch.Tensor, mask: torch.Tensor) -> float | None:
     count = round(0.7 * len(real))  # to learn from
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        judge = models.Discriminator(real.shape[-1], width=16).to(mask.device)
-        adam = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+        discriminator = models.Discriminator(real.shape[-1], width=16).to(mask.device)
+        adam = torch.optim.AdamW(discriminator.parameters(), weight_decay=0.05)
         batches = [chosen for _ in range(6) for chosen in torch.randperm(count).split(16)]
         flips = torch.rand(len(batches)) < 0.5
     for step, (chosen, flip) in enumerate(zip(batches, flips.tolist())):
         data.progress(f"a fresh discriminator learns: step {step + 1}/{len(batches)}")
         adam.param_groups[0]["lr"] = learning_rate(1e-3, step, len(batches))
-        pictures = torch.cat([real[chosen], fake[chosen]])  # one batch, or batch norm would tell them apart
-        logit, _ = judge(pictures.flip(3) if flip else pictures)
+        # In one batch, as they are in the test: there, batch norm's statistics are those of both kinds.
+        pictures = torch.cat([real[chosen], fake[chosen]])
+        logit, _ = discriminator(pictures.flip(3) if flip else pictures)
         update(adam, losses.discriminator_loss(*logit.chunk(2)))
     data.progress(None)
-    judge.eval()
+    discriminator.eval()
     with torch.no_grad():
-        right = torch.cat([judge(real[count:])[0] > 0, judge(fake[count:])[0] <= 0])
+        right = torch.cat([discriminator(real[count:])[0] > 0, discriminator(fake[count:])[0] <= 0])
     return right.float().mean().item()
 
 

@@ -124,8 +124,9 @@ def discriminator_loss(
     """-[(1 - s) log D(real) + s log(1 - D(real)) + log(1 - D(fake))], averaged, from logits (B,) -> ().
 
     The discriminator's side of the game (section 2.3, [1]). D = sigmoid(logit), so -log D =
-    softplus(-logit), which never overflows. With `smooth` s, the target for real pictures is 1 - s
-    (Salimans et al. 2016): a discriminator that is never quite certain goes on teaching.
+    softplus(-logit), and -log(1 - D) = softplus(logit) = softplus(-logit) + logit: neither overflows. With
+    `smooth` s, the target for real pictures is 1 - s (Salimans et al. 2016): a discriminator that is never
+    quite certain goes on teaching.
     """
     return F.softplus(-real_logit).mean() + smooth * real_logit.mean() + F.softplus(fake_logit).mean()
 
@@ -250,9 +251,10 @@ def measure(
 ) -> torch.Tensor:
     """One value a picture of each of PER_PICTURE -> (5, B).
 
-    psnr_output: the whole output, which the paper's table meant to show. psnr_restored: the known pixels
-    are the original's, so it is psnr_hole + 10 log10(1 / area of the hole). psnr_hole: inside the hole
-    only. speckled: 1 for a picture with five specks or more, so that the mean is the share of such pictures.
+    psnr_output: the whole output, which the paper's table meant to show. psnr_hole: inside the hole only.
+    psnr_restored: the known pixels are the original's, so it is psnr_hole + 10 log10(1 / s), where s is the
+    hole's share of the picture. speckled: 1 for a picture with five specks or more, so that the mean is the
+    share of such pictures.
     """
     psnrs = psnr(output, image), psnr(restored, image), psnr(output, image, mask)
     speckled = (specks(restored, mask) >= 5).float()

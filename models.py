@@ -57,8 +57,8 @@ class UNet(nn.Module):
         (B, 64, 2, 2) ─────────────────────────────────┘
 
     down = convolution 4 x 4 with stride 2, batch norm, activation; up = the same, transposed. Where a skip
-    arrives, what came up and what was kept stand side by side (concatenated). The bottom sees all but one
-    of the 64 rows and columns; the skips keep every detail.
+    arrives, what came up and what was kept stand side by side (concatenated). Each number at the bottom
+    depends on 94 rows and columns of the picture, so on the whole face; the skips keep every detail.
 
     Two things are not in the paper. The mask is a fourth channel: without it, nothing tells a white hole
     from a white wall. `keep`, a 1 x 1 convolution, leads each known pixel straight to the last layer.
@@ -90,8 +90,8 @@ class UNet(nn.Module):
         """Let `keep` begin as sigmoid(5 (x - 1/2)), nearly x, and as grey in the hole.
 
         So the first output is nearly the damaged picture, with a grey hole. The network then has to
-        learn to fill, and not to copy. A discriminator would tell pictures that are grey everywhere from
-        real ones at once.
+        learn to fill, and not to copy. Without this it would start grey everywhere, and a discriminator would
+        tell that from real pictures at once.
         """
         with torch.no_grad():
             self.keep.weight[:, :3, 0, 0] = 5 * torch.eye(3)
@@ -134,7 +134,7 @@ class Discriminator(nn.Module):
             if level > 0:
                 layers.append(nn.BatchNorm2d(out))
             self.down.append(nn.Sequential(*layers, nn.LeakyReLU(0.2)))
-        self.judge = nn.Conv2d(levels[-1], 1, 4)
+        self.last = nn.Conv2d(levels[-1], 1, 4)
 
     def forward(self, picture: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(B, 3, side, side) in [0, 1] -> logits, float32 (B,), and its features: what each level found."""
@@ -143,14 +143,14 @@ class Discriminator(nn.Module):
         for down in self.down:
             x = down(x)  # level k: (B, width * 2^k, side / 2^(k + 1), side / 2^(k + 1))
             features.append(x)
-        return self.judge(x).flatten().float(), features
+        return self.last(x).flatten().float(), features
 
 
 def middle(picture: torch.Tensor) -> torch.Tensor:
     """The central square of half the side: (B, C, H, W) -> (B, C, H / 2, W / 2).
 
-    It holds the hole and about as much around it. A discriminator that sees no more than this gives all its
-    attention to the hole.
+    It holds the hole and nearly twice as much around it. A discriminator that sees no more than this gives
+    all its attention to the hole.
     """
     height, width = picture.shape[2:]
     return picture[..., height // 4 : height - height // 4, width // 4 : width - width // 4]
@@ -164,8 +164,9 @@ def augment(picture: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
 
     picture x (B, 3, H, H) in [0, 1] -> the same shape, perhaps outside [0, 1]; black comes in from outside.
     grey is the mean of a pixel's three colours, mean that of the picture. u1 to u5 are uniform from -1 to 1,
-    made of look (B, 5), uniform in [0, 1). Real and fake pictures are changed in the same ways, so the game
-    stays fair, but no picture comes twice: none can be learnt by heart. The gradient flows through.
+    made of look (B, 5), uniform in [0, 1). Real and fake pictures get the same kinds of change, by other
+    numbers, so the game stays fair, but no picture comes twice: none can be learnt by heart. The gradient
+    flows through.
     """
     u = 2 * look - 1
     u1, u2, u3 = u[:, :3, None, None, None].unbind(1)
@@ -177,7 +178,7 @@ def augment(picture: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
     # Multiplied out, so that only two operations are as large as the picture.
     rest = contrast * (1 - saturation) * grey + (1 - contrast) * mean + brightness
     picture = contrast * saturation * picture + rest
-    # Moved by matrices with a single 1 in each row: a slice would need the distance as a number of
+    # Moved by matrices with at most a single 1 in each row: a slice would need the distance as a number of
     # Python's, and so would wait for the device.
     line = torch.arange(picture.shape[-1], device=picture.device)
     down, right = (u[:, 3:] * (len(line) // 8)).round()[..., None, None, None].unbind(1)  # (B, 1, 1, 1)
