@@ -119,7 +119,7 @@ def contents(folder):
 
 def complaints(told):
     """What is on stderr but for progress, which a slow machine shows, and that `told` takes more pictures."""
-    usual = ("drawing", "reading", "epoch", "measuring", "told is left out: ")
+    usual = ("drawing", "reading", "epoch", "measuring", "a fresh discriminator", "told is left out: ")
     return [line for line in told.splitlines() if not line.startswith(usual)]
 
 
@@ -1210,26 +1210,30 @@ def test_what_is_painted_does_not_depend_on_the_other_pictures_of_a_batch():
     assert torch.allclose(first[:1], alone, atol=1e-5), "not evaluation mode"
 
 
-def test_told_is_half_for_originals_nearly_1_for_grey_the_same_each_time_and_nothing_for_few(capsys):
+def test_told_is_half_for_originals_nearly_1_for_grey_the_same_each_time_and_nothing_for_few(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(inpaint, "TELL_EPOCHS", 2)
     pixels, mask = data.synthetic_faces(240, 32), data.center_hole(32, 0.3)
     before = torch.get_rng_state()
     by_heart = functools.partial(models.nearest_face, mask=mask, training=pixels)
     assert inpaint.tell(by_heart, pixels, mask) == 0.5
-    grey = functools.partial(torch.full_like, fill_value=0.5)
-    first = inpaint.tell(grey, pixels, mask)
-    assert first > 0.9
+    assert inpaint.tell(functools.partial(torch.full_like, fill_value=0.5), pixels, mask) > 0.9
     assert torch.equal(torch.get_rng_state(), before)
+    smooth = functools.partial(models.harmonic, mask=mask)
+    first = inpaint.tell(smooth, pixels, mask)
+    assert 0.6 < first < 0.9, "where chance would show"
     torch.manual_seed(123)
-    assert inpaint.tell(grey, pixels, mask) == first
+    assert inpaint.tell(smooth, pixels, mask) == first
     assert not complaints(capsys.readouterr().err)
-    assert inpaint.tell(grey, pixels[:199], mask) is None
-    assert capsys.readouterr().err == "told is left out: 199 pictures are too few, it takes 200\n"
+    assert inpaint.tell(smooth, pixels[:199], mask) is None
+    assert "told is left out: 199 pictures are too few, it takes 200\n" in capsys.readouterr().err
 
 
 def test_told_stands_in_the_results_of_a_finished_run_its_evaluation_and_the_table(monkeypatch, capsys):
     monkeypatch.setattr(data, "SYNTHETIC", 240)
     monkeypatch.setattr(inpaint, "ROWS", inpaint.ROWS[:1])
-    monkeypatch.setattr(inpaint, "TELL_EPOCHS", 3)
+    monkeypatch.setattr(inpaint, "TELL_EPOCHS", 2)
     words = ["--val", 0.9, "--epochs", 2, "--precision", "float32"]
     told = spied(monkeypatch, inpaint, "tell")
     assert command("--compare", *words, *TINY[:4], "--device", "cpu", "--out", "cmp") == 0
@@ -1241,7 +1245,7 @@ def test_told_stands_in_the_results_of_a_finished_run_its_evaluation_and_the_tab
     assert 0.5 <= share == results(run)["told"] == last_state(run)["told"]
     cells = [row["told"] for row in read_csv("cmp/table.csv")]
     assert cells[0] == f"{share:.3f}"
-    assert float(cells[1]) > 0.9, "a white hole"
+    assert float(cells[1]) > 0.7, "a white hole"
 
 
 # === inpaint.py: a run and its folder =============================================================
