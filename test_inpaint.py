@@ -1078,7 +1078,7 @@ def test_the_model_decides_how_weights_start_and_decay_and_the_loss_does_not():
 
 
 @pytest.mark.parametrize("step, decay", [(0, 0.1), (90, 0.91), (10**6, 0.999)])
-def test_each_step_moves_the_average_of_all_weights_and_of_batch_norm_by_its_formula_to_the_bit(step, decay):
+def test_each_step_moves_the_average_of_weights_and_batch_norm_by_its_formula_to_the_bit(step, decay):
     run = fresh()
     run.step = step
     before = {name: value.clone() for name, value in run.ema.state_dict().items()}
