@@ -1242,7 +1242,7 @@ def test_told_stands_in_the_results_of_a_finished_run_its_evaluation_and_the_tab
     capsys.readouterr()
     assert command("--evaluate", run / "generator.pt", "--device", "cpu") == 0
     share = json.loads(capsys.readouterr().out)["told"]
-    assert 0.5 <= share == results(run)["told"] == last_state(run)["told"]
+    assert 0.3 < share == results(run)["told"] == last_state(run)["told"]
     cells = [row["told"] for row in read_csv("cmp/table.csv")]
     assert cells[0] == f"{share:.3f}"
     assert float(cells[1]) > 0.7, "a white hole"
