@@ -1242,6 +1242,7 @@ def test_told_stands_in_the_results_of_a_finished_run_its_evaluation_and_the_tab
     capsys.readouterr()
     assert command("--evaluate", run / "generator.pt", "--device", "cpu") == 0
     share = json.loads(capsys.readouterr().out)["told"]
+    assert command("--resume", run, "--device", "cpu") == 0, "a finished run keeps it"
     assert 0.3 < share == results(run)["told"] == last_state(run)["told"]
     cells = [row["told"] for row in read_csv("cmp/table.csv")]
     assert cells[0] == f"{share:.3f}"
@@ -1329,7 +1330,7 @@ def test_a_run_stopped_and_resumed_ends_bit_for_bit_like_one_that_was_not(recipe
     words = [*recipe.split(), "--epochs", 3, *TINY]
     assert command(*words, "--out", "whole") == 0
     with monkeypatch.context() as patch:
-        stopped(patch, 6)  # in the second epoch
+        stopped(patch, 10)  # in the third epoch
         assert command(*words, "--out", "half done") == 130
     assert "python inpaint.py --resume 'half done'" in capsys.readouterr().err
     assert command("--resume", "half done", "--device", "cpu") == 0
