@@ -32,6 +32,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,7 +197,8 @@ def open_photo(content: bytes, shortest: int | None = None, behind: str = "white
     except Exception as error:  # a broken file can raise anything: OSError, SyntaxError, struct.error, ...
         why = str(error).partition(" <")[0] or type(error).__name__  # what follows is an address in memory
         raise InputError(f"not a picture that can be read ({why})") from error
-    with contextlib.suppress(Exception):  # an orientation that cannot be read does not cost the picture
+    # An orientation that cannot be read does not cost the picture, nor a warning of Pillow's.
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
         ImageOps.exif_transpose(picture, in_place=True)
     return to_rgb(picture, behind)
 
