@@ -1858,8 +1858,8 @@ def test_a_restored_photo_keeps_the_meaning_of_its_colours(tiny_run):
 def test_a_restored_photo_keeps_what_its_file_tells_of_it(kind, tiny_run, capsys):
     exif = Image.Exif()
     exif[0x0112], exif[0x0132] = 6, "2020:05:17 12:00:00"  # turned, date
-    exif.get_ifd(0x8769)[0x9003] = "2019:05:17 12:00:00"  # taken
-    exif.get_ifd(0x8825)[2] = (52.0, 22.0, 12.5)  # latitude
+    exif[0x8769] = {0x9003: "2019:05:17 12:00:00"}  # taken
+    exif[0x8825] = {2: (52.0, 22.0, 12.5)}  # latitude
     if kind == "broken":
         drawn(40, 60).save("me.jpg", "JPEG", exif=b"Exif\0\0II*\0" + b"\xff" * 40)
     else:
