@@ -370,7 +370,7 @@ def tell(painter, pixels: torch.Tensor, mask: torch.Tensor) -> float | None:
     count = round(0.7 * len(real))  # to learn from
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        discriminator = models.Discriminator(real.shape[-1], width=16).to(mask.device)
+        discriminator = models.Discriminator(real.shape[-1], width=32).to(mask.device)
         adam = torch.optim.AdamW(discriminator.parameters(), weight_decay=0.05)
         batches = [chosen for _ in range(6) for chosen in torch.randperm(count).split(16)]
         flips = torch.rand(len(batches)) < 0.5
