@@ -189,17 +189,17 @@ def open_photo(content: bytes, shortest: int | None = None, behind: str = "white
     large is decoded at 1/2, 1/4 or 1/8 of its size: its 8 x 8 blocks of frequencies can be read as 4 x 4,
     which saves most of the work. InputError if it is no picture, or if its range is unknown.
     """
-    try:
-        picture = Image.open(io.BytesIO(content))
-        if shortest:
-            picture.draft(None, (shortest, shortest))
-        picture.load()
-    except Exception as error:  # a broken file can raise anything: OSError, SyntaxError, struct.error, ...
-        why = str(error).partition(" <")[0] or type(error).__name__  # what follows is an address in memory
-        raise InputError(f"not a picture that can be read ({why})") from error
-    # An orientation that cannot be read does not cost the picture, nor a warning of Pillow's.
-    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
-        ImageOps.exif_transpose(picture, in_place=True)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # Pillow's, of damaged EXIF
+        try:
+            picture = Image.open(io.BytesIO(content))
+            if shortest:
+                picture.draft(None, (shortest, shortest))
+            picture.load()
+        except Exception as error:  # a broken file can raise anything: OSError, SyntaxError, struct.error, ...
+            why = str(error).partition(" <")[0] or type(error).__name__  # what follows is an address in memory
+            raise InputError(f"not a picture that can be read ({why})") from error
+        with contextlib.suppress(Exception):  # an orientation that cannot be read does not cost the picture
+            ImageOps.exif_transpose(picture, in_place=True)
     return to_rgb(picture, behind)
 
 
