@@ -195,8 +195,8 @@ def open_photo(content: bytes, shortest: int | None = None, behind: str = "white
             if shortest:
                 picture.draft(None, (shortest, shortest))
             picture.load()
-        except Exception as error:  # a broken file can raise anything: OSError, SyntaxError, struct.error, ...
-            why = str(error).partition(" <")[0] or type(error).__name__  # what follows is an address in memory
+        except Exception as error:  # a broken file can raise anything: OSError, SyntaxError, struct.error
+            why = str(error).partition(" <")[0] or type(error).__name__  # then comes an address in memory
             raise InputError(f"not a picture that can be read ({why})") from error
         with contextlib.suppress(Exception):  # an orientation that cannot be read does not cost the picture
             ImageOps.exif_transpose(picture, in_place=True)
@@ -728,16 +728,9 @@ COLOURS = ["#1b6ca8", "#d1495b", "#2e933c", "#b8791a", "#6a4c93"]
 def chart(x_title: str, curves: dict[str, list[tuple]], width: int = 480, height: int = 300) -> Image.Image:
     """Curves {name: [(x, y), ...]}, or points where one has one pair; the names stand at the right.
 
-    A thin line leads from the last point to its name. Names that would overlap are moved down. What is not
-    finite is left out.
+    A thin line leads from the last point to its name. Names that would overlap are moved down.
     """
     font = ImageFont.load_default(13)
-    finite = {}
-    for name, curve in curves.items():
-        points = [point for point in curve if all(map(math.isfinite, point))]
-        if points:
-            finite[name] = points
-    curves = finite or {"": [(0.0, 0.0)]}
     left, top, bottom = 58, 10, height - 40
     right = width - 20 - max(round(font.getlength(name)) for name in curves)
     x0, x1 = axis([x for curve in curves.values() for x, _ in curve])

@@ -355,16 +355,17 @@ def painted(painter, pixels: torch.Tensor, mask: torch.Tensor):
 def tell(painter, pixels: torch.Tensor, mask: torch.Tensor) -> float | None:
     """`told`: the share of pictures that a fresh discriminator tells right, restored or original.
 
-    0.5 is guessing. It learns from seven tenths of the validation set, uint8 (N, 3, res, res), and is tested
-    on the others: a classifier two-sample test (Lopez-Paz and Oquab 2017). It sees the middle at half size:
-    no generator paints the grain of a photograph, which is gone there. None with fewer than 200 pictures,
-    from which it would learn too little. Always the same random numbers.
+    0.5 is guessing. It learns from seven tenths of the validation set, uint8 (N, 3, res, res), or of its
+    first 2,000 pictures, and is tested on the others: a classifier two-sample test (Lopez-Paz and Oquab
+    2017). It sees the middle at half size: no generator paints the grain of a photograph, which is gone
+    there. None with fewer than 200 pictures, from which it would learn too little. Always the same random
+    numbers.
     """
     if len(pixels) < 200:
         data.say(f"told is left out: {len(pixels)} pictures are too few, it takes 200")
         return None
     parts = []
-    for image, _, restored in painted(painter, pixels[:2000], mask):  # more would take long, and tell no more
+    for image, _, restored in painted(painter, pixels[:2000], mask):
         parts.append([F.avg_pool2d(models.middle(picture), 2) for picture in (image, restored)])
     real, fake = map(torch.cat, zip(*parts))
     count = round(0.7 * len(real))  # to learn from
@@ -498,7 +499,7 @@ def begin(folder: Path | None, options: dict, device: torch.device, pictures: in
     if run.epoch < options["epochs"] and had["processes"] != world:
         before = f"the run in {folder} had {had['processes']} processes"
         raise InputError(f"{before}, now there are {world}: start it as before")
-    if rank == 0 and 0 < run.epoch < options["epochs"] > stored["epochs"]:
+    if rank == 0 and run.epoch > 0 and options["epochs"] > stored["epochs"]:
         rate = learning_rate(options["lr"], run.epoch, options["epochs"])
         low = "it had nearly reached 0" if run.epoch == stored["epochs"] else "it was lower"
         data.say(f"{folder}: with more epochs, the learning rate is {rate:.2g} again; {low}")
@@ -522,7 +523,7 @@ def save_run(folder: Path, run: Run) -> None:
     Tensors and plain types only. There is no random state to keep: `draw_epoch` makes that of an epoch from
     the seed and its number.
     """
-    weights = {"kind": KIND, "options": run.options, "epoch": run.epoch, "ema": run.ema.state_dict()}
+    weights = {"kind": KIND, "options": run.options, "ema": run.ema.state_dict()}
     everything = weights | {"pictures": run.pictures, "processes": rank_and_world()[1]}
     everything |= {name: getattr(run, name) for name in COUNTED}
     everything |= {name: network.state_dict() for name, network in run.networks.items()}
@@ -1058,8 +1059,8 @@ def fill(ema: models.UNet, options: dict, photo: torch.Tensor, mask: torch.Tenso
     seen = restored * known
     for box in holes(thick, cell, reach // cell):
         here = around(box, 1)
-        painted = join(paint(ema, options, seen, known, box), seen[here], thick[here])
-        restored[here] = data.paste(painted, seen[here], thick[here])
+        joined = join(paint(ema, options, seen, known, box), seen[here], thick[here])
+        restored[here] = data.paste(joined, seen[here], thick[here])
     if torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]):  # a grey photo stays grey
         restored = restored.mean(0, keepdim=True).expand_as(photo)
     return restored
@@ -1094,15 +1095,14 @@ def paint(ema: models.UNet, options: dict, seen: torch.Tensor, known: torch.Tens
     return data.crop_resize(output, [end / scale for end in ends], (width, height))
 
 
-def join(painted: torch.Tensor, photo: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def join(output: torch.Tensor, photo: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """What was painted, with no step at the rim of the hole: (3, H, W) twice, mask (1, H, W) -> (3, H, W).
 
-    So `join` changes what was painted, `data.paste` only where it is seen, and `fill` calls both.
     At the rim, the photo differs a little from what the network painted for the same known pixels. That
     difference is carried on into the hole by Laplace's equation and added.
     """
-    difference = (photo - painted) * (1 - mask)
-    return (painted + models.harmonic(difference[None], mask[None])[0]).clamp(0, 1)
+    difference = (photo - output) * (1 - mask)
+    return (output + models.harmonic(difference[None], mask[None])[0]).clamp(0, 1)
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -1172,6 +1172,9 @@ def recipe(given: dict) -> dict:
     check_options(options)
     loss, judge, hole = options["loss"], options["judge"], options["hole"]
     if "adversarial" not in losses.parse_loss(loss):
+        for name in ("judge", "augment"):
+            if name in given:
+                raise InputError(f"--{name} does nothing with --loss {loss}, which has no adversarial term")
         return options
     if model == "unet":
         raise InputError(f"--loss {loss} needs a discriminator, which --model unet has not: add --model gan")

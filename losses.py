@@ -123,8 +123,8 @@ def discriminator_loss(
 ) -> torch.Tensor:
     """-[(1 - s) log D(real) + s log(1 - D(real)) + log(1 - D(fake))], averaged, from logits (B,) -> ().
 
-    The discriminator's side of the game (section 2.3, [1]). D = sigmoid(logit), so -log D =
-    softplus(-logit), and -log(1 - D) = softplus(logit) = softplus(-logit) + logit: neither overflows. With
+    The discriminator's side of the game (section 2.3; Goodfellow et al. 2014). D = sigmoid(logit), so -log D
+    = softplus(-logit), and -log(1 - D) = softplus(logit) = softplus(-logit) + logit: neither overflows. With
     `smooth` s, the target for real pictures is 1 - s (Salimans et al. 2016): a discriminator that is never
     quite certain goes on teaching.
     """

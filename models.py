@@ -19,7 +19,7 @@ from torch import nn
 
 
 class Swish(nn.Module):
-    """f(x) = x * sigmoid(x), any shape (section 2.4, [5]).
+    """f(x) = x * sigmoid(x), any shape (section 2.4; Ramachandran et al. 2017).
 
     Like ReLU far from 0, but smooth, and with a slope below it.
     """
@@ -116,7 +116,7 @@ class UNet(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """DCGAN's discriminator (section 2.3, [4]). For pictures of 32 px and width 24:
+    """DCGAN's discriminator (section 2.3; Radford et al. 2015). For pictures of 32 px and width 24:
 
         (B, 3, 32, 32) ─▶ (B, 24, 16, 16) ─▶ (B, 48, 8, 8) ─▶ (B, 96, 4, 4) ─▶ (B,)
 
@@ -188,7 +188,10 @@ def augment(picture: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
 
 
 def dcgan_init(network: nn.Module) -> None:
-    """DCGAN's start ([4] and its code): convolutions ~ N(0, 0.02), batch norm ~ N(1, 0.02), no bias."""
+    """DCGAN's start (Radford et al. 2015, and their code).
+
+    Convolutions ~ N(0, 0.02), batch norm ~ N(1, 0.02), no bias.
+    """
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
             mean = 1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0
@@ -211,9 +214,9 @@ def harmonic(damaged: torch.Tensor, mask: torch.Tensor, rounds: int = 40) -> tor
 
     damaged (B, C, H, W), any range; mask (B or 1, 1, H, W), 1 in the hole; the same shape back, known
     pixels untouched. It is the final state of heat that flows in from the rim, the simplest of the models
-    that the paper cites [7]. A first guess comes from the same problem at half the size. Conjugate
-    gradients (Hestenes and Stiefel 1952) improve it: x is the filling, r what is not yet in balance, p the
-    direction of the step, alpha its length.
+    that the paper cites (Shen and Chan 2002). A first guess comes from the same problem at half the size.
+    Conjugate gradients (Hestenes and Stiefel 1952) improve it: x is the filling, r what is not yet in
+    balance, p the direction of the step, alpha its length.
     """
     mask = mask.expand(len(damaged), 1, *damaged.shape[2:])
     if not mask.any():
