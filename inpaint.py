@@ -61,7 +61,7 @@ DEFAULTS = {
     "act": "relu",  # or swish
     "hole_weight": 10.0,  # l1 and mse count a pixel of the hole ten times: it is what a user sees
     "judge": "middle",  # of the restored picture; or all of the restored picture, or the output
-    "augment": "color+shift",  # or color, or none
+    "augment": "color+shift",  # or none
     "data": "synthetic", "hole": 0.3, "wild": False, "val": 0.2,
     "epochs": 12, "batch": 8, "seed": 0, "precision": "auto",
 }  # fmt: skip
@@ -191,8 +191,8 @@ def seen(options: dict, picture: torch.Tensor, look: torch.Tensor) -> torch.Tens
     """
     if options["judge"] == "middle":
         picture = models.middle(picture)
-    if options["augment"] != "none":
-        picture = models.augment(picture, look, shift=options["augment"] == "color+shift")
+    if options["augment"] == "color+shift":
+        picture = models.augment(picture, look)
     return picture
 
 
@@ -1139,8 +1139,7 @@ def parser() -> argparse.ArgumentParser:
     add("--hole-weight", type=float, metavar="X", help="l1 and mse count the hole X times (10; paper: 1)")
     add("--judge", choices=["middle", "restored", "output"], help="what the discriminator sees: the middle "
         "half of the restored picture, all of it, or the whole output (middle; paper: output)")  # fmt: skip
-    augments = ["color+shift", "color", "none"]
-    add("--augment", choices=augments, help="how it is changed (color+shift; with --wild color; paper: none)")
+    add("--augment", choices=["color+shift", "none"], help="how it is changed (color+shift; paper: none)")
     add("--depth", type=int, metavar="N", help="levels of the U-Net: one more sees further")
     add("--width", type=int, metavar="N", help="channels of the first level, the discriminator's too")
     add("--limit", type=int, metavar="N", help="channels double from level to level, up to N x width")

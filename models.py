@@ -156,10 +156,10 @@ def middle(picture: torch.Tensor) -> torch.Tensor:
     return picture[..., height // 4 : height - height // 4, width // 4 : width - width // 4]
 
 
-def augment(picture: torch.Tensor, look: torch.Tensor, shift: bool) -> torch.Tensor:
+def augment(picture: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
     """A picture as the discriminator sees it: changed at random, anew at each look (Zhao et al. 2020).
 
-        mean + b + c (grey - mean + s (x - grey)), then with `shift` moved by u4 and u5 eighths of the side
+        mean + b + c (grey - mean + s (x - grey)), then moved by u4 and u5 eighths of the side
         brightness b = u1 / 2, saturation s = 1 + u2, contrast c = 1 + u3 / 2
 
     picture x (B, 3, H, H) in [0, 1] -> the same shape, perhaps outside [0, 1]; black comes in from outside.
@@ -178,8 +178,6 @@ def augment(picture: torch.Tensor, look: torch.Tensor, shift: bool) -> torch.Ten
     # Multiplied out, so that only two operations are as large as the picture.
     rest = contrast * (1 - saturation) * grey + (1 - contrast) * mean + brightness
     picture = contrast * saturation * picture + rest
-    if not shift:
-        return picture
     # Moved by matrices with at most a single 1 in each row: a slice would need the distance as a number of
     # Python's, and so would wait for the device.
     line = torch.arange(picture.shape[-1], device=picture.device)

@@ -667,8 +667,7 @@ def test_augment_is_its_formula_picture_by_picture(faces):
     grey = x.mean(1, keepdims=True)
     mean = x.mean((1, 2, 3), keepdims=True)
     coloured = torch.from_numpy(mean + b + c * (grey - mean + s * (x - grey)))
-    assert (models.augment(pictures, look, shift=False) - coloured).abs().max() < 1e-5
-    assert (models.augment(pictures, look, shift=True) - moved(coloured, look)).abs().max() < 1e-5
+    assert (models.augment(pictures, look) - moved(coloured, look)).abs().max() < 1e-5
 
 
 def moved(pictures, look):
@@ -688,7 +687,7 @@ def test_augment_moves_a_picture_and_its_gradient_by_exactly_the_slice(faces):
     look[:, :3] = 0.5  # its colours stay
     look[:2, 3:] = torch.tensor([[0, 0.999], [0.999, 0]])  # as far as it goes
     found = []
-    for move in (functools.partial(models.augment, shift=True), moved):
+    for move in (models.augment, moved):
         pictures = faces.clone().requires_grad_()
         seen = move(pictures, look)
         (seen * faces.flip(0)).sum().backward()
@@ -700,8 +699,7 @@ def test_augment_moves_a_picture_and_its_gradient_by_exactly_the_slice(faces):
 @pytest.mark.parametrize("look", [0.0, 0.8])
 def test_augment_lets_the_gradient_through(look):
     picture = torch.rand(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
-    chosen = torch.full((2, 5), look, dtype=torch.float64)
-    change = functools.partial(models.augment, look=chosen, shift=True)
+    change = functools.partial(models.augment, look=torch.full((2, 5), look, dtype=torch.float64))
     assert torch.autograd.gradcheck(change, (picture,), fast_mode=True)
 
 
@@ -999,7 +997,7 @@ def test_a_step_minimises_what_the_loss_says_and_reports_its_terms(loss, monkeyp
     assert not any(torch.equal(a, b) for a, b in zip(before, run.generator.parameters())), "all are trained"
 
 
-@pytest.mark.parametrize("augment", ["none", "color", "color+shift"])
+@pytest.mark.parametrize("augment", ["none", "color+shift"])
 @pytest.mark.parametrize("judge", ["middle", "restored", "output"])
 def test_the_discriminator_is_shown_originals_and_fakes_changed_anew_at_each_look(judge, augment):
     image, mask, _ = small_batch()
@@ -1015,9 +1013,7 @@ def test_the_discriminator_is_shown_originals_and_fakes_changed_anew_at_each_loo
         if judge == "middle":
             picture = picture[:, :, 8:24, 8:24]
         if augment == "color+shift":
-            picture = models.augment(picture, looks[:, look], shift=True)
-        elif augment == "color":
-            picture = models.augment(picture, looks[:, look], shift=False)
+            picture = models.augment(picture, looks[:, look])
         assert torch.equal(seen, picture)
     assert [z.requires_grad for z in shown] == [False, False, True, False], "its own step moves no generator"
 
