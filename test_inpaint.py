@@ -1770,6 +1770,18 @@ def test_a_hole_anywhere_in_a_larger_photo_is_shown_where_it_was_in_training(box
     assert right < 0.7 * moved
 
 
+@pytest.mark.parametrize("model, share", [("gan", 0.5), ("unet", 0.25)])
+def test_what_a_gan_painted_beside_the_hole_is_not_joined_because_nobody_judged_it(model, share, monkeypatch):
+    options = options_for(model, "--res", "64")
+    painted = torch.full((1, 3, 64, 64), 0.75)
+    painted[:, :, 22:41, 22:41] = 0.5  # right in the hole, too bright beside it
+    monkeypatch.setattr(inpaint, "run_ema", lambda *_: painted.clone())
+    photo = torch.full((3, 64, 64), 0.5)
+    mask = data.center_hole(64, 0.3)[0]
+    restored = inpaint.fill(inpaint.build_generator(options), options, photo, mask)
+    assert restored[:, 31, 31].mean() == pytest.approx(share, abs=0.01)
+
+
 def test_a_network_for_photos_is_shown_the_rectangle_around_a_hole_and_sees_the_same_square(faces, shown):
     (ema, options), mask, rectangle = network("--wild"), torch.zeros(1, 64, 64), torch.zeros(1, 64, 64)
     mask[:, 22:41, 25:30] = mask[:, 35:41, 25:38] = 1  # an L
