@@ -1087,7 +1087,7 @@ def paint(ema: models.UNet, options: dict, seen: torch.Tensor, known: torch.Tens
         hole = data.box_mask(torch.tensor([ends]).round(), res)
     device = next(ema.parameters()).device
     output = run_ema(ema, data.damage(image, hole).to(device), hole.to(device), options).cpu()[0]
-    if "adversarial" in options["loss"]:  # nobody judged what the output has beside the hole
+    if "adversarial" in options["loss"]:  # beside the hole, a GAN's output is no exact copy
         output = data.paste(output, image, hole)[0]
     # Back in the photo.
     _, rows, columns = here = around(box, 1)
