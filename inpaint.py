@@ -53,8 +53,8 @@ RECIPES = {
         "loss": "l1",
     },
     "gan": {
-        "res": 64, "depth": 4, "width": 24, "limit": 16, "lr": 5e-4,
-        "loss": "60*l1+adversarial+12*features",
+        "res": 64, "depth": 4, "width": 24, "limit": 16, "lr": 1e-3,
+        "loss": "200*l1+adversarial+24*features",
     },
 }  # fmt: skip
 DEFAULTS = {

@@ -159,7 +159,7 @@ def middle(picture: torch.Tensor) -> torch.Tensor:
 def augment(picture: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
     """A picture as the discriminator sees it: changed at random, anew at each look (Zhao et al. 2020).
 
-        mean + b + c (grey - mean + s (x - grey)), then moved by u4 and u5 eighths of the side
+        mean + b + c (grey - mean + s (x - grey)), then moved by u4 and u5 thirty-seconds of the side
         brightness b = u1 / 2, saturation s = 1 + u2, contrast c = 1 + u3 / 2
 
     picture x (B, 3, H, H) in [0, 1] -> the same shape, perhaps outside [0, 1]; black comes in from outside.
@@ -167,6 +167,9 @@ def augment(picture: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
     made of look (B, 5), uniform in [0, 1). Real and fake pictures get the same kinds of change, by other
     numbers, so the game stays fair, but no picture comes twice: none can be learnt by heart. The gradient
     flows through.
+
+    Zhao et al. move by an eighth. Then the discriminator does not know where it looks, and lets a pattern
+    pass that the generator paints in the same place of every face: a comb of hair under the fringe.
     """
     u = 2 * look - 1
     u1, u2, u3 = u[:, :3, None, None, None].unbind(1)
@@ -181,7 +184,7 @@ def augment(picture: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
     # Moved by matrices with at most a single 1 in each row: a slice would need the distance as a number of
     # Python's, and so would wait for the device.
     line = torch.arange(picture.shape[-1], device=picture.device)
-    down, right = (u[:, 3:] * (len(line) // 8)).round()[..., None, None, None].unbind(1)  # (B, 1, 1, 1)
+    down, right = (u[:, 3:] * (len(line) // 32)).round()[..., None, None, None].unbind(1)  # (B, 1, 1, 1)
     rows = (line == line[:, None] + down).to(picture)
     columns = (line[:, None] == line + right).to(picture)
     return rows @ picture @ columns

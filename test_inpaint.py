@@ -671,11 +671,11 @@ def test_augment_is_its_formula_picture_by_picture(faces):
 
 
 def moved(pictures, look):
-    """Pictures moved by up to an eighth of their side by slices, as `augment` does it by matrices."""
+    """Pictures moved by up to a thirty-second of their side by slices, as `augment` does it by matrices."""
     side = pictures.shape[-1]
     parts = []
     for picture, numbers in zip(pictures, look):
-        down, right = (round(float(2 * number - 1) * (side // 8)) for number in numbers[3:])
+        down, right = (round(float(2 * number - 1) * (side // 32)) for number in numbers[3:])
         known = picture[:, max(0, down) : side + min(0, down), max(0, right) : side + min(0, right)]
         beyond = (max(0, -right), max(0, right), max(0, -down), max(0, down))
         parts.append(F.pad(known, beyond))
@@ -1297,7 +1297,7 @@ def test_a_run_really_trains_at_its_resolution_in_a_folder_of_its_name(res, monk
         assert command("--model", "gan", "--epochs", 1, *TINY, "--res", res) == 0
     shapes = {(image.shape, mask.shape) for _, image, mask, _ in steps}
     assert shapes == {((8, 3, res, res), (1, 1, res, res))}
-    name = f"gan-60xl1+adversarial+12xfeatures-relu-{res}"
+    name = f"gan-200xl1+adversarial+24xfeatures-relu-{res}"
     assert {file.parent.name for file in Path("runs").glob("*/results.json")} == {name, f"{name}-2"}
 
 
