@@ -168,8 +168,8 @@ def augment(picture: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
     numbers, so the game stays fair, but no picture comes twice: none can be learnt by heart. The gradient
     flows through.
 
-    Zhao et al. move by an eighth. Then the discriminator does not know where it looks, and lets a pattern
-    pass that the generator paints in the same place of every face: a comb of hair under the fringe.
+    Zhao et al. move by up to an eighth. Then a pattern passes that is painted at the same place in every
+    face (README, chapter 5). Pictures of less than 32 px are not moved.
     """
     u = 2 * look - 1
     u1, u2, u3 = u[:, :3, None, None, None].unbind(1)
